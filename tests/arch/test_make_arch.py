@@ -243,6 +243,11 @@ def test_a_model_for_images_needs_the_description_of_its_text_part() -> None:
             make_arch(config | wrong)
 
 
+def test_heads_of_cohere_are_as_wide_as_the_model_together() -> None:
+    config = {"architectures": ["Cohere2ForCausalLM"], "hidden_size": 4096}
+    assert make_arch(config).layers[0].mixer.head_dim == 64
+
+
 def test_null_is_no_value_and_no_default() -> None:
     assert tiny("MistralForCausalLM", sliding_window=None).layers[0].mixer.window is None
     assert tiny(num_key_value_heads=None).layers[0].mixer.kv_heads == 4

@@ -167,6 +167,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("GraniteForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
     ("GraniteMoeHybridForCausalLM", {"position_embedding_type": None, "attention_bias": True}),
     ("Ministral3ForCausalLM", {"rope_parameters": DEVSTRAL2}),
+    ("Ministral3ForCausalLM", {"rope_parameters": None}),
     ("HunYuanDenseV1ForCausalLM", {"attention_bias": True, "rope_scaling": None}),
     ("Ernie4_5ForCausalLM", {"use_bias": False, "tie_word_embeddings": True}),
     ("Phi3ForCausalLM", {"rope_scaling": None, "sliding_window": None}),
