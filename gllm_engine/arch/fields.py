@@ -30,11 +30,16 @@ def _is_real(value: Any) -> bool:
 
 
 class Fields:
-    """A JSON object with a family's defaults for absent keys. A null key is absent, no default."""
+    """A JSON object with a family's defaults for absent keys.
+
+    A null key is absent and has no default. As a truth value it is false.
+    """
 
     def __init__(self, values: dict[str, Any], name: str, defaults: dict[str, Any]) -> None:
         self.name = name
-        self._given = {k for k, v in values.items() if v is not None}
+        self.defaults = defaults
+        self._nulls = {k for k, v in values.items() if v is None}
+        self._given = set(values) - self._nulls
         self._values = {k: v for k, v in (defaults | values).items() if v is not None}
         self._read: set[str] = set()
 
@@ -45,6 +50,8 @@ class Fields:
     def with_defaults(self, **values: Any) -> Fields:
         """A copy with values for keys that are absent or null."""
         copy = Fields(self._values, self.name, values)
+        copy.defaults = self.defaults | values
+        copy._nulls = self._nulls
         copy._read = self._read  # what is read of a copy is read
         return copy
 
@@ -136,12 +143,12 @@ class Fields:
         return self.count(key) if self.has(key) else None
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self._get(key, default)
+        value = self._get(key, default and key not in self._nulls)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
 
-    def text(self, key: str, default: str) -> str:
+    def text(self, key: str, default: str | None = None) -> str:
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a string")

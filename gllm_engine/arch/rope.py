@@ -7,7 +7,7 @@ frequencies.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gllm_engine.arch.fields import ArchError, Fields
 
@@ -74,8 +74,9 @@ class LongRopeScaling:
     attention_factor: float  # multiplies cos and sin
 
 
+_SHARE = "partial_rotary_factor"
 _KEYS = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("rope_type", "type", "rope_theta", _SHARE, "factor"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
     "finetuned",  # in early YaRN checkpoints; has no effect
@@ -136,18 +137,20 @@ def read_rope(
     A key inside the object overrides the same key beside it, as in transformers. `other_keys`: keys
     that the caller reads. `theta`, `rotated_share`: for a config that names them in its own way,
     the values of rope_theta and partial_rotary_factor if the object does not have them. `rope`: the
-    object, if it is another one. Raises ArchError for an unknown RoPE type.
+    object, if it is another one. Raises ArchError for an unknown RoPE type, and for a share of the
+    channels if the family has no default of it: transformers rotates all channels then.
     """
     rope = rope or rope_object(config)
     theta = rope.real("rope_theta", theta or config.real("rope_theta", 10_000.0))
-    rotated_share = rotated_share or config.real("partial_rotary_factor", 1.0)
-    share = rope.real("partial_rotary_factor", rotated_share)
+    share = rope.real(_SHARE, rotated_share or config.real(_SHARE, 1.0))
     dim = head_dim * share
     if dim % 2 or dim > head_dim:
         raise ArchError(
-            f"{config.name}: partial_rotary_factor={share} of head_dim={head_dim} is {dim} "
+            f"{config.name}: {_SHARE}={share} of head_dim={head_dim} is {dim} "
             f"channels; a whole even number from 2 to {head_dim} is needed"
         )
+    if share != 1 and not rotated_share and _SHARE not in config.defaults:
+        raise ArchError(f"{config.name}: {_SHARE} is {share}, but only 1 is supported")
     scaling = _read_scaling(config, rope, int(dim), other_keys)
     if isinstance(scaling, DynamicScaling) and dim < 4:
         raise ArchError(f"{rope.name}: dynamic RoPE scaling needs 4 channels, there are {dim:g}")
@@ -178,15 +181,22 @@ def read_layer_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
     present, the theta of sliding attention.
     """
     both = config.child("rope_parameters")
-    local = config.optional_real("rope_local_base_freq")
+    both.allow_only({"full_attention", "sliding_attention"})
+    full = both.child("full_attention")
+    sliding = both.child("sliding_attention")
     if both.empty:
-        full = read_rope(config, head_dim, rope=config.child("rope_scaling"))
-        sliding = replace(full, theta=local or full.theta, scaling=None)
+        full = config.child("rope_scaling")
+        if full.has("type"):  # transformers would ignore it without the newer name
+            full.text("rope_type")
     else:
-        both.allow_only({"full_attention", "sliding_attention"})
-        full = read_rope(config, head_dim, rope=both.child("full_attention"))
-        sliding = read_rope(config, head_dim, theta=local, rope=both.child("sliding_attention"))
-    return full, sliding
+        config.require(rope_scaling=None)
+    for rope in (full, sliding):
+        rope.require(truncate=True)  # transformers does not read it here
+    local = config.optional_real("rope_local_base_freq")
+    return (
+        read_rope(config, head_dim, rope=full),
+        read_rope(config, head_dim, theta=local, rope=sliding),
+    )
 
 
 def read_alpha_rope(config: Fields, head_dim: int) -> Rope:

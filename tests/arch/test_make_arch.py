@@ -243,12 +243,21 @@ def test_a_model_for_images_needs_the_description_of_its_text_part() -> None:
             make_arch(config | wrong)
 
 
+def test_heads_of_cohere_are_as_wide_as_the_model_together() -> None:
+    config = {"architectures": ["Cohere2ForCausalLM"], "hidden_size": 4096}
+    assert make_arch(config).layers[0].mixer.head_dim == 64
+
+
 def test_null_is_no_value_and_no_default() -> None:
     assert tiny("MistralForCausalLM", sliding_window=None).layers[0].mixer.window is None
     assert tiny(num_key_value_heads=None).layers[0].mixer.kv_heads == 4
     assert tiny(head_dim=None).layers[0].mixer.head_dim == 16
     assert tiny(eos_token_id=None).eos_token_ids == ()
     assert refusal(hidden_size=None) == "config.json: hidden_size is missing"
+    # As a truth value it is false, where absence may mean true.
+    assert tiny("GPTNeoXForCausalLM", use_parallel_residual=None).layers[0].place == "pre"
+    for family in ("Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"):
+        assert tiny(family, norm_topk_prob=None).layers[0].ffn.routing.renorm
 
 
 @pytest.mark.parametrize(
@@ -1443,6 +1452,9 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
     assert refusal("ChatGLMModel", **{key: value}).startswith(f"config.json: {key} is ")
 
 
+NESTED_YARN = {"full_attention": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}
+
+
 @pytest.mark.parametrize(
     ("family", "over", "key"),
     [
@@ -1495,12 +1507,49 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
             {"rope_scaling": {"type": "yarn", "alpha": 50.0}},
             "rope_scaling: type",
         ),
+        ("Olmo3ForCausalLM", {"rope_theta": 10_000.0}, "rope_theta is 10000.0"),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling: rope_type is missing",
+        ),
+        ("Gemma3ForCausalLM", {"rope_parameters": NESTED_YARN}, "rope_scaling"),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_scaling": None, "rope_parameters": NESTED_YARN},
+            "rope_parameters: full_attention: truncate",
+        ),
+        (
+            "Gemma3ForConditionalGeneration",
+            {"final_logit_softcapping": 30.0},
+            "text_config: final_logit_softcapping",
+        ),
+        ("Qwen3VLMoeForConditionalGeneration", {"norm_topk_prob": False}, "text_config: norm"),
+        ("Ernie4_5_MoeForCausalLM", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ("GPT2LMHeadModel", {"num_attention_heads": 2}, "num_attention_heads"),
+        ("GPTBigCodeForCausalLM", {"num_attention_heads": 2}, "num_attention_heads"),
     ],
 )
 def test_what_a_family_does_not_have_is_refused(
     family: str, over: dict[str, Any], key: str
 ) -> None:
     assert refusal(family, **over).startswith(f"config.json: {key}")
+
+
+# Families in which transformers rotates a share of the channels, and those without RoPE.
+SHARES = ("Glm", "Qwen3Next", "Qwen3_5", "Phi3", "MiniMax", "GPT", "ChatGLM")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith(SHARES)])
+def test_a_share_of_rotated_channels_where_all_are_rotated(family: str) -> None:
+    inside = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    if family.startswith(("Gemma3", "Olmo3")):
+        inside = {"full_attention": inside}
+    over = {"rope_scaling": None, "partial_rotary_factor": None}
+    message = "partial_rotary_factor is 0.5, but only 1 is supported"
+    assert message in refusal(family, **over | {"rope_parameters": inside})
+    over["rope_parameters"] = None
+    assert message in refusal(family, **over | {"partial_rotary_factor": 0.5})
 
 
 def test_layers_take_turns_without_layer_types() -> None:
@@ -1536,9 +1585,10 @@ def test_rope_per_kind_of_layer_in_the_old_and_the_new_form() -> None:
     bare = make_arch({"architectures": ["Gemma3ForCausalLM"]})
     assert bare.layers[0].mixer.rope == Rope(256, 10_000.0)
     assert bare.layers[5].mixer.rope == Rope(256, 1_000_000.0)
-    yarn = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256}
-    old = ropes("Olmo3ForCausalLM", rope_scaling=yarn)
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256}
+    old = ropes("Olmo3ForCausalLM", rope_scaling=yarn | {"rope_theta": 77.0})
     assert old[0] == Rope(16, 500_000.0)
+    assert isinstance(old[1], Rope) and old[1].theta == 77.0
     assert isinstance(old[1], Rope) and isinstance(old[1].scaling, YarnScaling)
 
 

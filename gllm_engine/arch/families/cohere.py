@@ -20,7 +20,6 @@ COHERE2 = LLAMA | {
     "intermediate_size": 22528,
     "num_hidden_layers": 40,
     "num_attention_heads": 64,
-    "head_dim": 128,
     "max_position_embeddings": 8192,
     "layer_norm_eps": 1e-5,
     "sliding_window": 4096,

@@ -75,6 +75,7 @@ def ernie_moe(c: Fields) -> Model:
     experts = c.count("moe_num_experts", most=MAX_EXPERTS)
     hidden = c.count("moe_intermediate_size")
     routing = read_routing(c, True, experts, key="moe_k")
+    c.require(num_experts_per_tok=routing.top_k)  # transformers' name of the same
     moe = Moe(
         num_experts=experts,
         hidden=hidden,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
+    beside_images,
     read_decoder,
     read_gqa,
     read_head_dim,
@@ -65,6 +66,12 @@ def gemma3(c: Fields) -> Model:
     model = with_mixers(_gemma(c, full), qk_norm="head")
     every = c.count("sliding_window_pattern")
     return with_layer_types(c, model, full_every=every, full=full, sliding=sliding)
+
+
+def gemma3_beside_images(c: Fields) -> Model:
+    """transformers does not cap these logits."""
+    c.require(final_logit_softcapping=None)
+    return beside_images(gemma3)(c)
 
 
 def _gemma(c: Fields, rope: Rope) -> Model:

@@ -74,6 +74,7 @@ def gpt_bigcode(c: Fields) -> Model:
 
 def _gpt2(c: Fields, kv_heads: int) -> Model:
     c.require(scale_attn_weights=True, add_cross_attention=False)
+    c.require(num_attention_heads=c.count("n_head"))  # transformers' name of the same
     mixer = Gqa(
         heads=c.count("n_head"),
         kv_heads=kv_heads,

@@ -47,8 +47,7 @@ def minimax_m2(c: Fields) -> Model:
     c.require(layernorm_full_attention_beta=1.0, layernorm_mlp_beta=1.0)
     c.ignore("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode")
     head_dim = read_head_dim(c)
-    if c.has("rotary_dim"):
-        c = c.with_defaults(partial_rotary_factor=c.count("rotary_dim") / head_dim)
+    c = c.with_defaults(partial_rotary_factor=c.count("rotary_dim", head_dim) / head_dim)
     mixer = replace(read_gqa(c, read_rope(c, head_dim)), qk_norm="whole")
     experts = read_num_experts(c)
     routing = replace(read_routing(c, True, experts), scoring="sigmoid", biased=True)

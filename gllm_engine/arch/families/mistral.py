@@ -59,19 +59,21 @@ MINISTRAL3 = MISTRAL | {
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-5,
     "sliding_window": None,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1_000_000.0,
-        "factor": 16.0,
-        "original_max_position_embeddings": 16384,
-        "mscale_all_dim": 1.0,
-        "mscale": 1.0,
-        "llama_4_scaling_beta": 0.1,
-    },
+}
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
 }
 
 
 def ministral3(c: Fields) -> Model:
+    if rope_object(c).empty:
+        c = c.with_defaults(rope_parameters=_MINISTRAL3_ROPE)
     keys = ("llama_4_scaling_beta", "max_position_embeddings")  # transformers ignores the second
     rope = read_rope(c, read_head_dim(c), keys)
     model = with_window(c, llama(c, rope))

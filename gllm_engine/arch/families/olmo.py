@@ -28,6 +28,7 @@ OLMO3 = OLMO2 | {"rope_theta": 500_000.0, "sliding_window": 4096}
 
 
 def olmo3(c: Fields) -> Model:
+    c.require(rope_theta=500_000.0)  # transformers gives it to layers with full attention only
     full, sliding = read_layer_ropes(c, read_head_dim(c))
     model = _olmo(llama(c, full))
     return with_layer_types(c, model, full_every=4, full=full, sliding=sliding)

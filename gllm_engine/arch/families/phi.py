@@ -17,6 +17,7 @@ PHI3 = LLAMA | {
     "intermediate_size": 8192,
     "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 1.0,
     "rms_norm_eps": 1e-5,
     "eos_token_id": 32000,
 }

@@ -109,6 +109,7 @@ QWEN3_5_MOE = QWEN3_5 | {
 
 def qwen3_5_moe(c: Fields) -> Model:
     c.require(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    c = c.with_defaults(norm_topk_prob=True)
     model = with_experts(c, qwen3_5(c), c.count("shared_expert_intermediate_size"))
     # Experts in other formats are stored one by one.
     fused = replace(_WITH_FUSED_EXPERTS, applies=c.child("quantization_config").empty)

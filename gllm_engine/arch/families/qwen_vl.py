@@ -62,6 +62,8 @@ QWEN3_VL_MOE = QWEN3_MOE | {
 
 
 def qwen3_vl_moe(c: Fields) -> Model:
+    c.require(norm_topk_prob=True)
+    c = c.with_defaults(norm_topk_prob=True)
     # Experts in other formats may be stored one by one.
     plain = c.child("quantization_config").empty
     fused = Variant(r"\.mlp\.experts\.gate_up_proj", FUSED_EXPERTS, applies=plain)

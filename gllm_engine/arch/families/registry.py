@@ -138,7 +138,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": Family(gemma.gemma2, gemma.GEMMA2),
     "Gemma3ForCausalLM": Family(gemma.gemma3, gemma.GEMMA3),
     "Gemma3ForConditionalGeneration": Family(
-        beside_images(gemma.gemma3), gemma.GEMMA3, "text_config"
+        gemma.gemma3_beside_images, gemma.GEMMA3, "text_config"
     ),
     "Cohere2ForCausalLM": Family(cohere.cohere2, cohere.COHERE2),
     "Starcoder2ForCausalLM": Family(gpt.starcoder2, gpt.STARCODER2),
