@@ -100,7 +100,7 @@ def test_a_video_is_encoded_moment_by_moment(tmp_path: Path, family: str) -> Non
     model = save_reference(tmp_path, family)
     vision = vision_of(tmp_path)
     videos = [torch.stack(pictures(*[size] * 4)) for size in SIZES[:2]]
-    inputs = processed_videos(videos, vision)
+    inputs = processed_videos(videos, vision, 1)
     grids = inputs["video_grid_thw"]
     with torch.no_grad():
         found = model.model.visual(inputs["pixel_values_videos"], grid_thw=grids, return_dict=True)
