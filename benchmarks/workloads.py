@@ -63,8 +63,8 @@ def images_of(name: str) -> str:
     if kind != "image":
         return ""
     _, fewest, most = numbers
-    range_of = f"{fewest} to {most}" if fewest < most else f"{most}"
-    return f"{range_of} {'image' if most == 1 else 'images'} and "
+    number = f"{fewest} to {most}" if fewest < most else most
+    return f"{number} {'image' if most == 1 else 'images'} and "
 
 
 def _parse(name: str) -> tuple[str, list[int]]:
