@@ -49,6 +49,11 @@ class Task(Struct, frozen=True):
     max_tokens: int  # of the frames that are taken
     seconds: int  # of the clock
 
+    @property
+    def most_bytes(self) -> int:
+        """Of pixels of the frames that are taken."""
+        return 2 * 3 * self.rule.factor**2 * self.max_tokens
+
 
 class Decoded(Struct, frozen=True):
     """Decoder -> parent: what the pixels after it are, or a sentence that says why none are.
@@ -164,7 +169,10 @@ class VideoProcessor:
                         if socket.fileno() < 0:
                             process.wait(min(left, LOOK_S))
                         else:
-                            reserve(2 * int(socket.recv(20)))  # in `output`, then as moments
+                            told = int(socket.recv(20))
+                            if not 0 < told <= task.most_bytes:
+                                raise ValueError(f"its decoder tells of {told} bytes of frames")
+                            reserve(2 * told)  # in `output`, then as moments
                             socket.close()
             finally:
                 process.kill()

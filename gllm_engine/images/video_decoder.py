@@ -32,6 +32,7 @@ THREADS = 4
 MEMORY_LIMIT = 4 << 30  # bytes, with the libraries
 PRIORITY = 10  # steps of the engine come first
 DEFAULT_FPS = 24  # of a file that does not tell it
+HEAD_BYTES = 1 << 20  # of a Decoded as JSON
 
 
 class _Refused(Exception):
@@ -44,6 +45,8 @@ def main() -> None:
     os.nice(PRIORITY)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CPU, (THREADS * task.seconds,) * 2)
+    # MEMORY_LIMIT does not count the output, which is a file in memory.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (HEAD_BYTES + task.most_bytes,) * 2)
     with open(0, "rb") as source, open(1, "wb") as output:
         _upright(Image.new("RGB", (1, 1)), 90, 1, 1)  # Pillow imports the rest of it now
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))

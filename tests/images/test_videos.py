@@ -359,6 +359,36 @@ def test_a_decoder_tells_that_its_memory_is_too_small(tmp_path: Path) -> None:
         assert b"it takes more than 4 GiB of memory to decode" in answer.read()
 
 
+@pytest.mark.parametrize("told", [-(10**9), 0, 10**9])
+def test_a_decoder_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: int
+) -> None:
+    """An impossible number would let others have no memory, or all of it."""
+    decoder = tmp_path / "decoder"
+    tells = f"socket = int(sys.argv[4]); os.write(socket, b'{told}'); os.read(socket, 1)"
+    decoder.write_text(f"#!{sys.executable} -S\nimport os, sys; {tells}")
+    decoder.chmod(0o700)
+    monkeypatch.setattr(video.sys, "executable", str(decoder))
+    reserved: list[int] = []
+    with pytest.raises(InvalidField, match=f"its decoder tells of {told} bytes of frames"):
+        processor().prepare(MP4, max_tokens=1000, reserve=reserved.append)
+    assert reserved == [len(MP4)]
+
+
+def test_the_output_of_a_decoder_is_bounded(tmp_path: Path) -> None:
+    program = (
+        "import gllm_engine.images.video_decoder as program;"
+        "program._decode = lambda task, source, output, socket: output.write(bytes(2 << 20));"
+        "program.main()"
+    )
+    task = json.encode(Task("gif", STAMPED, 10**5, 10, 60)).decode()
+    with open(tmp_path / "answer", "wb") as answer:
+        command = [sys.executable, "-c", program, task, "-1"]
+        with pytest.raises(subprocess.CalledProcessError):
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=answer, check=True)
+    assert (tmp_path / "answer").stat().st_size == (1 << 20) + 2 * 3 * 32**2 * 10
+
+
 def test_a_decoder_ends_with_its_parent() -> None:
     """It waits for a file here, of which there is no end."""
     task = Task("gif", STAMPED, 10**5, 1000, 60)
