@@ -411,7 +411,7 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
         starts = (0,) if cache.dtype == dtype or is_latent else (0, 2)
         jobs += [(tiny_chunk(start, cache.shape[2], cache.device), layer) for start in starts]
     dims = sorted({dim for dim, *_ in kinds})
-    what = f"attention of chunks, heads of {dims}, {dtype} over {layers[0].cache.dtype}"
+    what = f"attention of chunks, heads of {dims}, {dtype} over {layers[-1].cache.dtype}"
     compile_all(what, plan, jobs)
 
 

@@ -291,7 +291,7 @@ class Ops(Protocol):
     ) -> RotaryInputs:
         """The rotary angles of a step's tokens, for all layers with the same rotary embedding.
 
-        cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: in which
+        cos, sin: [positions, dim / 2] float32. positions: [tokens] int64. `dtype`: in which
         `reference` rotates; kernels rotate in float32. `interleaved`: see RotaryInputs.
         """
         ...
