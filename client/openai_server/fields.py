@@ -140,6 +140,8 @@ def sampling(asked: Common) -> Json:
 def form(asked: Common) -> Json | None:
     """The structured outputs that the answer must keep to, in the form of Triton's parameter."""
     wanted = asked.response_format
+    if wanted and wanted.json_schema and wanted.type != "json_schema":
+        raise invalid("response_format.json_schema", "it goes with type json_schema")
     if wanted is None or wanted.type == "text":
         return asked.structured_outputs
     if asked.structured_outputs is not None:

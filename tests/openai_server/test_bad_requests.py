@@ -128,6 +128,11 @@ def canary(served: Served) -> Iterator[None]:
             "unknown",
         ),
         (
+            {"messages": USER, "response_format": schema({}) | {"type": "json_object"}},
+            "response_format.json_schema",
+            "it goes with type json_schema",
+        ),
+        (
             {"messages": USER, "response_format": schema({"x-guidance": 1})},
             "response_format",
             "x-guidance",
