@@ -69,6 +69,11 @@ class Decoded(Struct, frozen=True):
     total: int = 0  # frames of the file
     fps: float = 0.0
 
+    @property
+    def bytes(self) -> int:
+        """Of pixels. An odd frame makes a pair with itself."""
+        return 3 * self.height * self.width * (len(self.taken) + len(self.taken) % 2)
+
 
 @dataclass(frozen=True)
 class PreparedVideo:
@@ -136,6 +141,9 @@ class VideoProcessor:
                 raise ValueError(f"the process that decodes it wrote no answer ({error})") from None
             if decoded.problem:
                 raise ValueError(decoded.problem)
+            size = os.fstat(output.fileno()).st_size - output.tell()
+            if not decoded.total or not size or size != decoded.bytes:
+                raise ValueError("the process that decodes it wrote no whole answer")
             return self._prepared(decoded, output)
 
     def _run(

@@ -87,7 +87,7 @@ def _decode(task: Task, source: BinaryIO, output: BinaryIO, socket: int) -> None
                 height, width = _size(task, len(taken), frame)
                 head = Decoded("", height, width, taken, total, fps)
                 output.write(json.encode(head) + b"\n")
-                os.write(socket, b"%d" % (3 * height * width * (len(taken) + len(taken) % 2)))
+                os.write(socket, b"%d" % head.bytes)
                 os.read(socket, 1)
             if number == left[-1]:
                 left.pop()

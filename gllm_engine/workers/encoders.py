@@ -51,6 +51,8 @@ _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # An encoder that does not answer for so long hangs.
 _ANSWER_S = 300.0
+# One that has joined and does not load the tower in so long hangs, though it lives.
+_LOADS_S = 3600.0
 
 log = logging.getLogger("gllm.group")
 
@@ -134,7 +136,7 @@ class _Slot:
     problem: str = ""  # what the child has told of its end
     failed_starts: int = 0  # since an encoder has served here
     begin_at: float = 0.0  # of the next start, on the monotonic clock
-    late_at: float = 0.0  # the child is hanging if it has not joined then
+    late_at: float = 0.0  # the child hangs if it has not joined then, or if it has, not loaded
     places: list[int] = field(default_factory=list)  # which the child may write until it has ended
     stuck_at: float = math.inf  # the child was killed, and is stuck if it has not ended then
     is_stuck: bool = False
@@ -429,6 +431,7 @@ class Encoders:
         encoder = _Encoder(name, socket, identity, slot)
         if slot is not None:
             slot.encoder = encoder
+            slot.late_at = time.monotonic() + _LOADS_S
         self._encoders.append(encoder)
         log.info("%s has joined", name)
         landings = self._landings if slot else []
@@ -481,8 +484,9 @@ class Encoders:
                     self._start(slot)
             elif slot.child.poll() is not None:
                 self._bury(slot, slot.child)
-            elif now > slot.late_at and slot.encoder is None:
-                slot.problem = "it was started and has not joined: it is stopped, or hangs"
+            elif now > slot.late_at and not slot.has_served:
+                missing = "joined" if slot.encoder is None else "loaded"
+                slot.problem = f"it was started and has not {missing}: it is stopped, or hangs"
                 slot.late_at = math.inf
                 self._kill(slot)
             elif now > slot.stuck_at and not slot.is_stuck:

@@ -375,6 +375,20 @@ def test_a_decoder_is_not_believed(
     assert reserved == [len(MP4)]
 
 
+@pytest.mark.parametrize(("total", "pixels"), [(0, 2 * 3 * 32 * 32), (5, 2 * 3 * 32 * 32 - 1)])
+def test_an_answer_that_is_not_whole_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: int, pixels: int
+) -> None:
+    decoder = tmp_path / "decoder"
+    answer = json.encode(video.Decoded("", 32, 32, [0], total, 1.0)) + b"\n" + bytes(pixels)
+    tells = "socket = int(sys.argv[4]); os.write(socket, b'6144'); os.read(socket, 1)"
+    decoder.write_text(f"#!{sys.executable} -S\nimport os, sys; {tells}; os.write(1, {answer!r})")
+    decoder.chmod(0o700)
+    monkeypatch.setattr(video.sys, "executable", str(decoder))
+    with pytest.raises(InvalidField, match="the process that decodes it wrote no whole answer"):
+        processor().prepare(MP4)
+
+
 def test_the_output_of_a_decoder_is_bounded(tmp_path: Path) -> None:
     program = (
         "import gllm_engine.images.video_decoder as program;"

@@ -13,6 +13,7 @@ import signal
 import socket as sockets
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,7 +247,16 @@ def test_a_start_does_not_wait_for_what_cannot_be_killed(
             kill(each)
 
 
-def test_a_living_encoder_may_load_for_any_time(model: Path, faults: Path) -> None:
+def test_an_encoder_that_never_loads_is_killed(
+    model: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (faults / "slow").touch()
+    monkeypatch.setattr(engine_side, "_LOADS_S", 0.0)
+    with pytest.raises(GroupLost, match="encoder 0 cannot start: it was started and has not load"):
+        hall(model, encoder_workers=1)
+
+
+def test_a_living_encoder_may_load_for_long(model: Path, faults: Path) -> None:
     """One that is stopped while it loads is killed."""
     with hall(model, encoder_workers=1) as here:
         (slot,) = here.encoders._slots
@@ -261,8 +271,7 @@ def test_a_living_encoder_may_load_for_any_time(model: Path, faults: Path) -> No
             joined = lambda: slot.child and slot.child.pid != pid and slot.encoder  # noqa: E731
             here.wait(joined, "the next one loads", SOON_S)
             assert Process.of(pid) is None and not slot.has_served
-            slot.late_at = 0.0
-            here.poll()
+            assert slot.late_at > time.monotonic() + 10 * engine_side.FIRST_COMES_S
             return slot.child.pid
 
         begin_anew(signal.SIGKILL)
