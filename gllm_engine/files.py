@@ -48,10 +48,15 @@ def open_file(path: Path, wrong: type[Exception]) -> BinaryIO:
 def read_file(path: Path, wrong: type[Exception], max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """All bytes of a regular file of at most `max_bytes`. Raises `wrong` with a sentence."""
     with open_file(path, wrong) as file:
-        try:
-            data = file.read(max_bytes + 1)
-        except OSError as error:
-            raise wrong(f"{path}: cannot be read ({error.strerror})") from None
+        return read_opened(file, path, wrong, max_bytes)
+
+
+def read_opened(file: BinaryIO, path: Path, wrong: type[Exception], max_bytes: int) -> bytes:
+    """As read_file, of a file from open_file."""
+    try:
+        data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise wrong(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > max_bytes:
         raise _too_large(path, wrong, max_bytes)
     return data

@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
-from gllm_engine.files import open_file, read_file, shown
+from gllm_engine.files import open_file, read_opened, shown
 from gllm_engine.sampling import InvalidField
 
 MAX_REDIRECTS = 3
@@ -113,7 +113,7 @@ class ImageSources:
             raise ValueError(f"{shown(source)} is not in allowed_media_directory")
         with open_file(path, ValueError) as file:
             reserve(min(os.fstat(file.fileno()).st_size, self._max_bytes))
-        return read_file(path, ValueError, self._max_bytes)
+            return read_opened(file, path, ValueError, self._max_bytes)
 
     def _get(self, url: str, is_over: Callable[[], bool], reserve: _Reserve) -> bytes:
         deadline = monotonic() + self._timeout_s

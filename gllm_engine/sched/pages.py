@@ -366,10 +366,10 @@ class Pages:
 
     def _first_cached(self, group: Group, tokens: list[int], most: int) -> list[int]:
         """The group's first pages, up to the first that is not cached, and at most `most`."""
-        find = group.pool._index.get
+        find = group.pool.find
         chain = self._chain
         pages = []
-        for number in range(1, most + 1):
+        for number in range(1, most + 1):  # as _key, whose calls would take twice as long
             digest = chain[number] if number < len(chain) else self.digest(tokens, number)
             page = find(group.tag + digest)
             if page is None:

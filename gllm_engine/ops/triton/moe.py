@@ -615,7 +615,7 @@ def grouped_product(
     depth], and `matrix` is [held, width, depth]; returns [pairs, width] in pair order. Rows of
     pairs whose expert is not held are undefined. `bias`: the matrices' biases, [held, rows of a
     matrix]. `on_input`: factors of the pairs' rows of x, [tokens, top_k]. `clamp`: instead of silu.
-    `then`: a stack by which the result is multiplied next; the result is rounded for it if a
+    `then`: a stack by which the result, rounded, is multiplied next; it is rounded here if a
     program has all columns of a scale.
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
@@ -661,7 +661,7 @@ def _parts(x: Rows) -> tuple[Tensor, Tensor]:
 
 def _new_result(x: Rows, size: tuple[int, int], columns: int, then: Weight | None) -> Rows:
     """Memory for a product of x in which a program has so many columns; see grouped_product."""
-    if isinstance(then, Fp8Weight) and _is_rounded(x, then) and rounding_group(then) == columns:
+    if isinstance(then, Fp8Weight) and rounding_group(then) == columns:
         rounded = new_rounded(x, size, columns)
         rounded.numbers[len(rounded) :] = 0
         return rounded
@@ -751,7 +751,7 @@ def sum_experts(
     return out
 
 
-def _is_rounded(x: Rows, matrix: Weight) -> bool:
+def _is_rounded(x: Tensor, matrix: Weight) -> bool:
     """Whether x is rounded for a product with a stack, on FP8 tensor cores."""
     if not isinstance(matrix, Fp8Weight) or not on_hopper(x.device):
         return False
