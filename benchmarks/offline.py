@@ -51,6 +51,10 @@ VLLM = {
 # For a model that takes images, whose places vLLM finds by the tokenizer. Every image is processed
 # anew, as by our engine.
 VLLM_IMAGES = {"skip_tokenizer_init": False, "mm_processor_cache_gb": 0}
+VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+# DeepSeek's kinds of routing: vLLM's random weights are so small that scores differ by less than
+# bfloat16 or the random bias tells, so all tokens would choose the same experts.
+EVEN_ROUTING = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
 # Keys of --config that go to both engines; other keys go to our engine only.
 SHARED = (
     "gpu_memory_utilization",
@@ -109,8 +113,10 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
     environment = dict(os.environ)
     driver = ["-m", "gllm_benchmarks.ours"]
     if engine == "vllm":
-        environment |= {"PYTHONPATH": str(peer_site), "VLLM_NO_USAGE_STATS": "1"}
-        environment["HF_HUB_OFFLINE"] = "1"
+        environment |= VLLM_ENVIRONMENT | {"PYTHONPATH": str(peer_site)}
+        config = json.loads(Path(task["model"], "config.json").read_text())
+        if "n_routed_experts" in config.get("text_config", config):
+            environment |= EVEN_ROUTING
         driver = [str(Path(__file__).with_name("peer.py"))]
     figures = Path(task["figures"])
     figures.unlink(missing_ok=True)

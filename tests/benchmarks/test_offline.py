@@ -51,7 +51,9 @@ class SamplingParams:
 class LLM:
     def __init__(self, **config):
         files = sorted(os.listdir(config["model"]))
-        note(config=config, path=sys.path, gllm="gllm_engine" in sys.modules, files=files)
+        routing = os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+        has_ours = "gllm_engine" in sys.modules
+        note(config=config, path=sys.path, gllm=has_ours, files=files, routing=routing)
         cache = types.SimpleNamespace(num_gpu_blocks=10, block_size=16)
         config = types.SimpleNamespace(cache_config=cache)
         self.llm_engine = types.SimpleNamespace(vllm_config=config)
@@ -141,6 +143,7 @@ def test_what_the_peer_is_asked(model: Path, site: Path) -> None:
     assert done.returncode == 0, done.stderr
     notes = [json.loads(n) for n in (site / "vllm/notes").read_text().splitlines()]
     start, warm, run = notes
+    assert start["routing"] is None
     assert not start["gllm"] and str(Path(__file__).parents[2] / "benchmarks") not in start["path"]
     assert str(site) in start["path"]
     assert start["config"] == {
@@ -160,6 +163,19 @@ def test_what_the_peer_is_asked(model: Path, site: Path) -> None:
     assert [each["prompt_token_ids"] for each in run["prompts"]] == [job.prompt for job in jobs]
     expected = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
     assert run["sampling"] == [expected] * 40
+
+
+@pytest.mark.parametrize("family", ["DeepseekV2ForCausalLM", "KimiK25ForConditionalGeneration"])
+def test_the_peer_chooses_experts_evenly(family: str, tmp_path: Path, site: Path) -> None:
+    model = write_tiny_model(tmp_path / "experts", family)
+    (model / "tokenizer.json").unlink(missing_ok=True)
+    done = offline(
+        *("--engine", "vllm", "--model", str(model), "--peer-site", str(site)),
+        *("--workloads", "fixed:1:4:2"),
+    )
+    assert done.returncode == 0, done.stderr
+    start, *_ = map(json.loads, (site / "vllm/notes").read_text().splitlines())
+    assert start["routing"] == "uniform_random"
 
 
 def test_both_engines_get_the_same_images(tmp_path: Path, site: Path) -> None:
