@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: Literal["auto", "dummy"] = "auto"
     enforce_eager: bool = False  # run without CUDA graphs
     max_model_len: int | None = None  # prompt plus output tokens; default: the checkpoint's limit
-    # sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers
+    # sequences in one step; default: 256, on GPUs 1024; fewer with recurrent layers
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
     # limit of a tenant's queued sequences, less half of the others'; further ones are refused
@@ -304,13 +304,17 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool) -> EngineConfig:
+def settle(config: EngineConfig, gpu_memory: int | None, state_bytes: int) -> EngineConfig:
     """A copy in which every 0 that means "default" is replaced by the device's default.
 
-    `keeps_states`: whether each sequence in a step has memory for a state.
+    `gpu_memory`: bytes of each GPU; None: the model runs on a CPU. `state_bytes`: of the states
+    that each sequence in a step has in all layers; 0 if layers keep none.
     """
+    on_gpu = gpu_memory is not None
     sequences = 1024 if on_gpu else 256
-    if keeps_states:
+    if gpu_memory is not None and state_bytes:
+        sequences = min(sequences, _states_in(gpu_memory, state_bytes, config))
+    elif state_bytes:
         sequences //= 4  # a state may take as much memory as the K and V of thousands of tokens
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     tokens = max(tokens, config.max_num_seqs)
@@ -326,6 +330,14 @@ def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool) -> EngineConf
         encoder_budget=budget,
         image_cache_tokens=config.image_cache_tokens or max(budget, images),
     )
+
+
+def _states_in(gpu_memory: int, state_bytes: int, config: EngineConfig) -> int:
+    """How many sequences have their states in a quarter of each GPU; a power of two."""
+    ranks = config.pipeline_parallel_size * config.tensor_parallel_size
+    copies = 2 if config.spare_layers else 1  # a move of layers copies all states
+    states = gpu_memory // 4 * ranks // (state_bytes * copies)
+    return 1 << max(0, states.bit_length() - 1)
 
 
 def make_config(values: dict[str, Any], directory: Path | None = None) -> EngineConfig:

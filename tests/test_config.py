@@ -221,25 +221,41 @@ def test_the_policy_of_a_pipeline_is_throttling() -> None:
     assert chosen.policy == "chunked_prefill"
 
 
-def chosen(on_gpu: bool, keeps_states: bool = False, **values: int) -> tuple[int, int, int]:
-    config = settle(EngineConfig(model=".", **values), on_gpu, keeps_states)
+GIB = 1 << 30
+# Bytes of a GPU.
+CPU, GPU = None, 80 * GIB
+
+
+def chosen(memory: int | None, state_bytes: int = 0, **values: int) -> tuple[int, int, int]:
+    config = settle(EngineConfig(model=".", **values), memory, state_bytes)
     return config.max_num_seqs, config.max_num_batched_tokens, config.plans_in_flight
 
 
 def test_defaults_fit_the_device() -> None:
-    assert chosen(False) == (256, 2048, 1)
-    assert chosen(True) == (1024, 8192, 2)
-    assert chosen(True, keeps_states=True) == (256, 8192, 2)
-    assert chosen(False, pipeline_parallel_size=3)[2] == 4
-    assert chosen(True, pipeline_parallel_size=3)[2] == 4
+    assert chosen(CPU) == (256, 2048, 1)
+    assert chosen(GPU) == (1024, 8192, 2)
+    assert chosen(CPU, pipeline_parallel_size=3)[2] == 4
+    assert chosen(GPU, pipeline_parallel_size=3)[2] == 4
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_what_was_asked_for_stays(on_gpu: bool) -> None:
+def test_states_take_a_quarter_of_a_gpu_at_most() -> None:
+    state = 63 << 20  # of Qwen3.5-35B-A3B
+    assert chosen(CPU, state)[0] == 64
+    assert chosen(GPU, state)[0] == 256
+    assert chosen(139 * GIB, state)[0] == 512
+    assert chosen(GPU, state, tensor_parallel_size=2)[0] == 512
+    assert chosen(GPU, state, pipeline_parallel_size=4)[0] == 1024
+    assert chosen(GPU, state, pipeline_parallel_size=2, spare_layers=1)[0] == 256
+    assert chosen(GPU, 1 << 20)[0] == 1024
+    assert chosen(GPU, 40 * GIB)[0] == 1
+
+
+@pytest.mark.parametrize("memory", [CPU, GPU])
+def test_what_was_asked_for_stays(memory: int | None) -> None:
     asked = {"max_num_seqs": 7, "max_num_batched_tokens": 70, "plans_in_flight": 3}
-    assert chosen(on_gpu, **asked) == (7, 70, 3)
+    assert chosen(memory, 1 << 40, **asked) == (7, 70, 3)
 
 
 def test_one_default_gives_way_to_the_other_number() -> None:
-    assert chosen(False, max_num_batched_tokens=16)[:2] == (16, 16)
-    assert chosen(False, max_num_seqs=4096)[:2] == (4096, 4096)
+    assert chosen(CPU, max_num_batched_tokens=16)[:2] == (16, 16)
+    assert chosen(CPU, max_num_seqs=4096)[:2] == (4096, 4096)

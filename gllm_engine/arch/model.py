@@ -548,9 +548,15 @@ class Model:
         return stored({name: (self.vocab, self.dim)}, self.vocab_formats)
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of a sequence's states in all layers, in float32; 0: no layer keeps one."""
+        shapes = (shape for layer in self.layers for shape in layer.mixer.state_shapes)
+        return 4 * sum(map(prod, shapes))
+
+    @property
     def keeps_states(self) -> bool:
         """Whether any layer keeps a state per sequence."""
-        return any(layer.mixer.state_shapes for layer in self.layers)
+        return self.state_bytes > 0
 
     @property
     def has_sections(self) -> bool:

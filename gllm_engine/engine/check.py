@@ -20,7 +20,12 @@ from gllm_engine.engine.core import check_len, model_len
 from gllm_engine.model import KernelUse, open_checkpoint
 from gllm_engine.sched import Group, PagePool, capacity, make_groups
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.workers.build_runner import check_formats, check_shards, device_of, held_formats
+from gllm_engine.workers.build_runner import (
+    check_formats,
+    check_shards,
+    held_formats,
+    memory_of_gpu,
+)
 from gllm_engine.workers.estimate import estimate
 
 
@@ -107,7 +112,7 @@ def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckRep
     gpu_memory = _gpu_memory(config, gpu_memory)
     path = Path(config.model)
     arch = read_arch(path)
-    config = settle(config, gpu_memory is not None, arch.keeps_states)
+    config = settle(config, gpu_memory, arch.state_bytes)
     check_len(config, arch)
     check_shards(config, arch)
     if config.load_format == "dummy":  # only config.json has to be there
@@ -125,10 +130,7 @@ def _gpu_memory(config: EngineConfig, given: int | None) -> int | None:
         if config.device == "cpu":
             raise ConfigError("device: it is cpu, so the memory of a GPU does not matter")
         return given
-    device = device_of(config)
-    if device.type == "cpu":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory
+    return memory_of_gpu(config)
 
 
 def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckReport:

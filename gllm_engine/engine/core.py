@@ -157,7 +157,7 @@ class Engine:
         in place of processes.
         """
         arch = _read_model(Path(config.model))
-        config = settle(config, _on_gpu(config), arch.keeps_states)
+        config = settle(config, _gpu_memory(config), arch.state_bytes)
         check_len(config, arch)
         self._config = config
         self._arch = arch
@@ -617,13 +617,13 @@ def _read_model(path: Path) -> Model:
     return arch
 
 
-def _on_gpu(config: EngineConfig) -> bool:
-    """Whether the model runs on a GPU. Raises ConfigError without a GPU."""
+def _gpu_memory(config: EngineConfig) -> int | None:
+    """See memory_of_gpu."""
     if config.device in ("cpu", "none"):
-        return False
-    from gllm_engine.workers.build_runner import device_of  # imported late: imports torch
+        return None
+    from gllm_engine.workers.build_runner import memory_of_gpu  # imported late: imports torch
 
-    return device_of(config).type == "cuda"
+    return memory_of_gpu(config)
 
 
 def check_len(config: EngineConfig, arch: Model) -> None:
@@ -687,9 +687,10 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     model's config.json. Raises ConfigError without a GPU, and the errors of Engine.
     """
     from gllm_engine.runner import cache_dirs  # imported late, as torch is
-    from gllm_engine.workers.build_runner import device_of, load_runner
+    from gllm_engine.workers.build_runner import device_of, load_runner, memory_of_gpu
 
-    if device_of(config).type != "cuda":
+    memory = memory_of_gpu(config)
+    if memory is None:
         raise ConfigError(
             "device: kernels are compiled on the GPU they are for; there is none here that torch "
             "finds, or the [gpu] extra is not installed"
@@ -700,5 +701,5 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     arch = read_arch(Path(config.model))
     check_len(config, arch)
     kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))
-    load_runner(settle(config, True, arch.keeps_states), kinds, device_of(config))
+    load_runner(settle(config, memory, arch.state_bytes), kinds, device_of(config))
     return cache_dirs()

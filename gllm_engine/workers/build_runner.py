@@ -224,6 +224,14 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def memory_of_gpu(config: EngineConfig) -> int | None:
+    """Bytes of a GPU that the model runs on; None: it runs on a CPU. Raises as device_of does."""
+    device = device_of(config)
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def held_formats(arch: Model, quantization: str) -> Model:
     """The model with the formats in which its weights are held, for the key `quantization`.
 

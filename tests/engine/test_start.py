@@ -65,6 +65,7 @@ def test_caches_take_the_config_and_one_layer_of_each_kind(
     shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")
     started: list[Any] = []
     monkeypatch.setattr(build_runner, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(build_runner, "memory_of_gpu", lambda _: 80 << 30)
     monkeypatch.setattr(build_runner, "load_runner", lambda *given: started.append(given))
     config = make_config({"model": str(tmp_path / "bare"), "page_size": 32})
     assert len(fill_caches(config)) == 2

@@ -95,8 +95,8 @@ def test_an_image_that_is_too_large_is_refused() -> None:
     with pytest.raises(Refused, match=r"^image: it takes 11 tokens, an image may take 10 \("):
         world.add((b"a", 11), 1)
     assert World(budget=8, room=4).scheduler._images.most == 4
-    assert settle(EngineConfig(model="."), True, False).largest_image == 16384
-    assert settle(EngineConfig(model=".", max_model_len=512), True, False).largest_image == 8192
+    assert settle(EngineConfig(model="."), 80 << 30, 0).largest_image == 16384
+    assert settle(EngineConfig(model=".", max_model_len=512), 80 << 30, 0).largest_image == 8192
 
 
 def test_an_image_is_encoded_once_for_all_its_sequences() -> None:

@@ -19,7 +19,7 @@ from gllm_engine.arch import read_arch
 from gllm_engine.config import settle
 from gllm_engine.runner import Landing
 from gllm_engine.types import ImagePixels
-from gllm_engine.workers.build_runner import load_tower, weights_dtype
+from gllm_engine.workers.build_runner import load_tower, memory_of_gpu, weights_dtype
 from gllm_engine.workers.encoders import Encoders, Landed
 
 
@@ -31,7 +31,7 @@ class Hall:
     ) -> None:
         on_gpu = device.type == "cuda"
         made = make_config({"model": str(model), "device": device.type, **config})
-        settled = settle(made, on_gpu, keeps_states=False)
+        settled = settle(made, memory_of_gpu(made), 0)
         arch = read_arch(model)
         assert arch.vision is not None
         self.vision = arch.vision

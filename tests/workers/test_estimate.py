@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 
 
 def small(**over: Any) -> EngineConfig:
-    return settle(EngineConfig(**SMALL | over), on_gpu=True, keeps_states=False)
+    return settle(EngineConfig(**SMALL | over), 80 << 30, 0)
 
 
 def real_decoder(
@@ -252,7 +252,7 @@ def measured(name: str) -> dict[str, Any]:
 def test_an_estimate_is_near_what_a_gpu_had() -> None:
     path = ROOT / "benchmarks/models/llama-3.1-8b"
     figures = measured(path.name)
-    config = settle(EngineConfig(model=str(path), **figures["config"]), True, False)
+    config = settle(EngineConfig(model=str(path), **figures["config"]), 80 << 30, 0)
     found = estimate(config, read_arch(path), int(139.8 * GIB))
     assert found.num_pages * config.page_size == pytest.approx(figures["kv_tokens"], rel=0.03)
 

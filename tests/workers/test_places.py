@@ -247,7 +247,7 @@ def test_places(model: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None
     config = EngineConfig(
         model=str(model), device="cpu", encoder_workers=2, cluster_key_file="/", master_addr="::1"
     )
-    config = settle(config, False, False)
+    config = settle(config, None, 0)
     handle = LandingHandle(TOKENS, NUMBERS, "float32", 4, "")
     engine = Engine(world)
     engine.encoders = encoders = Encoders(config, arch, [handle], engine.land)
