@@ -12,12 +12,6 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, HostInts
-from gllm_engine.ops.kernels import COPIED_BYTES
-
-# Least tokens of a chunk, on average over the tokens of contexts, for which float8 pages are
-# copied. Over pages of float8 FlashInfer takes twice the time for each pair of tokens; to copy a
-# token costs as much as 50 pairs, and a tile has 128 queries.
-_LEAST_COPIED = 128
 
 
 @dataclass(frozen=True)
@@ -46,16 +40,6 @@ class PrefillRows:
             ends=self.ends[:count],
             begins=self.begins[:count],
         )
-
-
-def is_copied(rows: PrefillRows, token_bytes: int) -> bool:
-    """Whether rows should attend to a copy of the float8 pages of their sequences.
-
-    `token_bytes`: of K and V of a token in the copy, which must fit in its memory.
-    """
-    tokens = int(rows.ends.sum())
-    pays = np.dot(rows.query_lens, rows.ends) >= _LEAST_COPIED * tokens
-    return bool(pays) and 0 < tokens * token_bytes <= COPIED_BYTES
 
 
 def prefill_rows(batch: Batch, chunk: int | None) -> PrefillRows:

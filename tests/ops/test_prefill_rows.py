@@ -9,9 +9,8 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import prefill_rows as module
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.prefill_rows import ListedPages, is_copied, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, prefill_rows
 
 PAGE = 4
 # (context, tokens in the step): two decode rows, then prefill chunks.
@@ -38,18 +37,6 @@ def test_rows_that_see_everything_before_them(batch: Batch) -> None:
     assert rows.up_to(4).slots.tolist() == [2, 3, 4, 5]
     fresh = replace(batch, num_decode=6)
     assert prefill_rows(fresh, None).num_paged == 0
-
-
-def test_pages_are_copied_if_it_pays(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For chunks that are long enough on average, whose keys fit in the memory."""
-    rows = prefill_rows(batch, None).up_to(4)
-    keys = 5 + 16 + 21 + 40
-    mean = (5 * 5 + 16 * 16 + 4 * 21 + 17 * 40) / keys
-    monkeypatch.setattr(module, "COPIED_BYTES", 10 * keys)
-    monkeypatch.setattr(module, "_LEAST_COPIED", mean - 0.01)
-    assert is_copied(rows, 10) and not is_copied(rows, 11) and not is_copied(rows.up_to(0), 10)
-    monkeypatch.setattr(module, "_LEAST_COPIED", mean + 0.01)
-    assert not is_copied(rows, 10)
 
 
 @pytest.mark.parametrize("chunk", [4, 8, 16, 64])
