@@ -20,8 +20,8 @@ Over float8 pages FlashAttention-3 needs float8 queries, and rounds the weights 
 `rotate_and_store` keeps all heads of a step with chunks as pages hold K and V: with a scale of 1.
 Queries are far below 448, the largest number of float8, and what is beyond becomes 448. Queries of
 decode rows are not rounded. Nor are those of layers with a softcap, which float8 kernels lack:
-there chunks over pages use FlashAttention-2, in twice the time. On other GPUs only what is read
-from pages is rounded.
+there chunks over pages use FlashAttention-2, in twice the time. On other GPUs nothing is rounded
+but what is read from pages.
 
 Long segments of a vision tower have FlashAttention-3 too, on Hopper. It takes heads of 64, 128 and
 256 channels, so that others are padded with zeros.
@@ -300,7 +300,7 @@ def attend(
 
 def _run(wrapper: Any, *inputs: Tensor, out: Tensor, sinks: Tensor | None) -> None:
     """FlashInfer's own kernels with sinks would have to be compiled besides those without."""
-    # If the inputs are float8, of q, k and v.
+    # Of q, k and v, if these are float8.
     scales = (1.0, 1.0, 1.0) if inputs[0].dtype != out.dtype else ()
     if sinks is None:
         wrapper.run(*inputs, *scales, out=out)

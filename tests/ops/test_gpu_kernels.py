@@ -654,6 +654,7 @@ def test_attention_in_chunks_of_the_sequence(mix: str, window: int) -> None:
     [
         (torch.bfloat16, None, None),
         (torch.bfloat16, None, 128),
+        (torch.bfloat16, FLOAT8, None),
         (torch.bfloat16, FLOAT8, 128),
         (torch.float32, None, 128),
     ],
