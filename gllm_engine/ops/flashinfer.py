@@ -19,9 +19,9 @@ Hopper, its FlashAttention-2 kernels on other GPUs.
 Over float8 pages FlashAttention-3 needs float8 queries, and rounds the weights of values too. So
 `rotate_and_store` keeps all heads of a step with chunks as pages hold K and V: with a scale of 1.
 Queries are far below 448, the largest number of float8, and what is beyond becomes 448. Queries of
-decode rows are not rounded. Nor are those of layers with a softcap, which float8 kernels lack:
-there chunks over pages use FlashAttention-2, in twice the time. On other GPUs nothing is rounded
-but what is read from pages.
+decode rows are not rounded. Nor are those of short chunks, for which FlashAttention-2 is faster,
+nor of layers with a softcap, which float8 kernels lack: there chunks over pages use
+FlashAttention-2, in twice the time. On other GPUs nothing is rounded but what is read from pages.
 
 Long segments of a vision tower have FlashAttention-3 too, on Hopper. It takes heads of 64, 128 and
 256 channels, so that others are padded with zeros.
@@ -61,7 +61,7 @@ from gllm_engine.ops.kernels import (
     rounds_chunks,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
-from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, are_short, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -136,7 +136,7 @@ class FlashInferPlan(PagedPlan):
     Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages, tokens
     num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after them. If `slow`
     is given, it covers all tokens, and the other plans are None. `rounds`: whether the queries of
-    chunks are rounded to the dtype of pages.
+    fresh chunks are rounded to the dtype of pages; `rounds_paged`: those of other chunks.
     """
 
     num_decode: int
@@ -145,6 +145,7 @@ class FlashInferPlan(PagedPlan):
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     rounds: bool = False
+    rounds_paged: bool = False
     slow: reference.ReferencePlan | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -287,14 +288,14 @@ def attend(
             q[:n], cache, plan.decode, found[:n], plan.scale, plan.softcap, sinks
         )
     kept = inputs.kept
-    if plan.rounds and kept is not None:
-        q = kept[:, : q.shape[1]]
     if plan.chunks is not None:
-        _run(plan.chunks, q[n:f], cache, out=found[n:f], sinks=sinks)
+        some = kept[:, : q.shape[1]] if plan.rounds_paged and kept is not None else q
+        _run(plan.chunks, some[n:f], cache, out=found[n:f], sinks=sinks)
     if plan.fresh is not None and kept is not None:
+        some = kept[:, : q.shape[1]] if plan.rounds else q
         # With a softcap K and V are rounded, and q is not.
-        k, v = kept[f:, -2 * cache.shape[3] :].to(q.dtype).chunk(2, 1)
-        _run(plan.fresh, q[f:], k, v, out=found[f:], sinks=sinks)
+        k, v = kept[f:, -2 * cache.shape[3] :].to(some.dtype).chunk(2, 1)
+        _run(plan.fresh, some[f:], k, v, out=found[f:], sinks=sinks)
     return found.flatten(1)
 
 
@@ -397,11 +398,11 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
             planner.plan(batch, cache, shape)
 
     jobs = []
-    for (*_, rounds), layer in kinds.items():
+    for layer in kinds.values():
         cache = layer.cache
-        # One kernel serves chunks with and without a context, unless only pages are float8.
-        one = rounds or cache.dtype == dtype or isinstance(layer.shape, LatentShape)
-        starts = (0,) if one else (0, 2)
+        # One kernel serves chunks with and without a context, but over pages of float8.
+        is_latent = isinstance(layer.shape, LatentShape)
+        starts = (0,) if cache.dtype == dtype or is_latent else (0, 2)
         jobs += [(tiny_chunk(start, cache.shape[2], cache.device), layer) for start in starts]
     dims = sorted({dim for dim, *_ in kinds})
     what = f"attention of chunks, heads of {dims}, {dtype} over {layers[-1].cache.dtype}"
@@ -503,8 +504,6 @@ class FlashInferPlanner:
             hopper = on_hopper(self._device)
             plan.rounds = rounds_chunks(hopper, self._dtype, cache.dtype, shape.softcap)
             options = _options(shape, self._dtype)
-            if plan.rounds:
-                options["q_data_type"] = cache.dtype
             self._plan_prefill(plan, rows, batch.page_table, cache, options, group)
         return plan
 
@@ -525,10 +524,15 @@ class FlashInferPlanner:
         """Add the plans of prefill chunks to `plan`."""
         paged = rows.num_paged
         plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
-        plan.keeps = plan.rounds or paged < len(rows.ends)
+        rounded = options | {"q_data_type": cache.dtype}
         if paged:
-            plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, options, group)
+            some = rows.up_to(paged)
+            plan.rounds_paged = plan.rounds and not are_short(some)
+            of_pages = rounded if plan.rounds_paged else options
+            plan.chunks = self._plan_chunks(some, page_table, cache, of_pages, group)
+        plan.keeps = plan.rounds_paged or paged < len(rows.ends)
         if paged < len(rows.ends):
+            options = rounded if plan.rounds else options
             kind = BatchPrefillWithRaggedKVCacheWrapper
             backend = chunk_backend(on_hopper(self._device), True)
             plan.fresh = self._wrapper(kind, options, backend, group)

@@ -126,7 +126,7 @@ def attention_kernels(
     fresh = chunk_backend(hopper, True)
     more = ""
     if rounds_chunks(hopper, dtype, cache_dtype, softcap):
-        more = ", with queries rounded to FP8"
+        more = ", with queries rounded to FP8; short chunks after the first one: fa2"
     elif (later := chunk_backend(hopper, cache_dtype == dtype)) != fresh:
         more = f"; chunks after the first one: {later}"
     return f"decode: Triton; prefill: FlashInfer {fresh}{more}"

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, HostInts
 
+# Tokens of a chunk below which FlashAttention-2 is the faster one over float8 pages. It has a tile
+# for the queries of all heads with the same K and V, and several programs for a long context;
+# FlashAttention-3 has a tile of 128 queries for each head, and one program.
+_SHORT = 32
+
 
 @dataclass(frozen=True)
 class PrefillRows:
@@ -40,6 +45,11 @@ class PrefillRows:
             ends=self.ends[:count],
             begins=self.begins[:count],
         )
+
+
+def are_short(rows: PrefillRows) -> bool:
+    """Whether chunks are short, on average over the tokens of contexts."""
+    return bool(np.dot(rows.query_lens, rows.ends) < _SHORT * rows.ends.sum())
 
 
 def prefill_rows(batch: Batch, chunk: int | None) -> PrefillRows:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gllm_engine import ops
 from gllm_engine.attention_shape import AttentionShape, LatentShape
-from gllm_engine.ops import latent_rows, reference
+from gllm_engine.ops import latent_rows, prefill_rows, reference
 from gllm_engine.ops.batch import made_up_step
 
 pytest.importorskip("triton")
@@ -270,6 +270,7 @@ def test_both_forms_of_latent_attention_are_equal(
     ("is_hopper", "softcap", "rows"),
     [(True, None, STEP), (True, None, STEP[2:4]), (True, 30.0, STEP[2:]), (False, None, STEP)],
 )
+@pytest.mark.parametrize("short", [0, 1000])
 def test_chunks_over_float8_pages(
     backend: ModuleType,
     planner: Any,
@@ -277,6 +278,7 @@ def test_chunks_over_float8_pages(
     is_hopper: bool,
     softcap: float | None,
     rows: list[tuple[int, int]],
+    short: int,
 ) -> None:
     """Wrappers check the dtypes of what they get. Rounding changes none of these numbers; the
     stand-in knows no softcap.
@@ -285,21 +287,27 @@ def test_chunks_over_float8_pages(
         monkeypatch.setattr(module, "on_hopper", lambda _: is_hopper)
     monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(prefill_rows, "_SHORT", short)
     planner._stages, planner._dtype = Unstaged(), torch.float16
     torch.manual_seed(0)
     batch = mixed_step(rows, 16)
     cache = torch.randn(int(batch.page_table.max()) + 1, 2, 16, 3, 16).to(FLOAT8)
     plan = planner.plan(batch, cache, AttentionShape(3, 3, 16, None, softcap=softcap))
     rounds = is_hopper and softcap is None
-    assert (plan.rounds, plan.keeps) == (rounds, True)
-    assert plan.chunks.backend == ("fa3" if rounds else "fa2")
-    assert (plan.fresh is None) == (len(rows) == 2)
+    fresh = len(rows) > 2
+    assert (plan.rounds, plan.rounds_paged) == (rounds, rounds and not short)
+    assert plan.keeps == (plan.rounds_paged or fresh)
+    assert plan.chunks.backend == ("fa3" if plan.rounds_paged else "fa2")
+    assert (plan.fresh is not None) == fresh
     if plan.fresh is not None:
         assert plan.fresh.backend == ("fa3" if is_hopper else "fa2")
     qkv = torch.randn(len(batch.tokens), 9, 16).to(FLOAT8).half()
     found = backend.rotate_and_store(qkv, 3, None, None, cache, plan)
     expected = qkv.to(FLOAT8) if is_hopper else qkv[:, 3:]
-    assert found.kept.dtype == expected.dtype and torch.equal(found.kept.half(), expected.half())
+    assert (found.kept is not None) == plan.keeps
+    if found.kept is not None:
+        assert found.kept.dtype == expected.dtype
+        assert torch.equal(found.kept.half(), expected.half())
     out = torch.empty(len(qkv), 3 * 16, dtype=torch.float16)
     assert backend.attend(found, cache, plan, out=out).data_ptr() == out.data_ptr()
     slow = reference.plan_attention(batch, wide := cache.float(), None)
@@ -312,7 +320,7 @@ def test_chunks_over_float8_pages(
 def test_kernels_over_float8_pages_are_compiled_once(
     backend: ModuleType, monkeypatch: pytest.MonkeyPatch, is_hopper: bool
 ) -> None:
-    """One for chunks with a context and without, if both have float8 queries; and a tower's."""
+    """One with float8 queries, one for short chunks; and a tower's."""
     jobs: list[tuple[int, Any]] = []
 
     def keep(what: str, plan: Any, wanted: list[Any]) -> None:
@@ -325,8 +333,8 @@ def test_kernels_over_float8_pages_are_compiled_once(
     capped = replace(plain, softcap=30.0)
     layers = [(half, tower), (float8, plain), (float8, capped)]
     backend.compile_attention([ops.AttentionLayer(*layer) for layer in layers], torch.float16)
-    both = [(2, capped), (4, capped)]
-    assert jobs == ([(2, tower), (2, plain)] if is_hopper else [(2, plain), (4, plain)]) + both
+    both = [(2, plain), (4, plain), (2, capped), (4, capped)]
+    assert jobs == ([(2, tower)] if is_hopper else []) + both
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")

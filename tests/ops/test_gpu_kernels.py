@@ -602,10 +602,11 @@ def run_attention(
     slow = reference.plan_attention(batch, wide, window, chunked=chunked)
     attended, queries = wide.clone(), out_q.float().cpu()
     attend_limit = limit
-    if plan.rounds:
+    if plan.rounds and kept is not None:
         rounded = queries.clamp(-448, 448).to(FLOAT8).float()
         assert torch.equal(kept[:, :num_heads].float().cpu(), rounded)
-        queries[plan.num_decode :] = rounded[plan.num_decode :]
+        first = plan.num_decode if plan.rounds_paged else plan.first_fresh
+        queries[first:] = rounded[first:]
         # The kernel rounds the weights of values, by up to a sixteenth: by 2.7% of the result, as
         # values are independent. Equal weights are not changed.
         attend_limit = 0.04 if size else limit

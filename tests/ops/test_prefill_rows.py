@@ -9,8 +9,9 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
+from gllm_engine.ops import prefill_rows as module
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.prefill_rows import ListedPages, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, are_short, prefill_rows
 
 PAGE = 4
 # (context, tokens in the step): two decode rows, then prefill chunks.
@@ -37,6 +38,16 @@ def test_rows_that_see_everything_before_them(batch: Batch) -> None:
     assert rows.up_to(4).slots.tolist() == [2, 3, 4, 5]
     fresh = replace(batch, num_decode=6)
     assert prefill_rows(fresh, None).num_paged == 0
+
+
+def test_short_chunks(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On average over the tokens of contexts."""
+    rows = prefill_rows(batch, None).up_to(4)
+    mean = (5 * 5 + 16 * 16 + 4 * 21 + 17 * 40) / (5 + 16 + 21 + 40)
+    monkeypatch.setattr(module, "_SHORT", mean + 0.01)
+    assert are_short(rows)
+    monkeypatch.setattr(module, "_SHORT", mean - 0.01)
+    assert not are_short(rows)
 
 
 @pytest.mark.parametrize("chunk", [4, 8, 16, 64])
