@@ -50,6 +50,7 @@ from gllm_engine.ops import (
     select_ops,
 )
 from gllm_engine.ops.batch import made_up_step
+from gllm_engine.ops.kernels import rounds_chunks
 from gllm_engine.ops.timing import times
 
 # Measured on one H200: a copy in memory, and a bf16 product of random matrices.
@@ -339,16 +340,17 @@ class Shape:
         """Causal attention of the last `chunk` tokens of each of `rows` rows."""
         m = self.mixer
         window = self.mixer.window or context
-        # A whole prompt attends to its own K and V; other rows attend to the cache's K and V.
-        kv_item = self.item if chunk == context > 1 else self.cache_dtype.itemsize
-        read = 2 * m.kv_heads * min(context, chunk - 1 + window) * kv_item
-        moved = rows * m.head_dim * (read + 2 * m.heads * chunk * self.item)
+        rounds = chunk > 1 and rounds_chunks(True, self.dtype, self.cache_dtype, m.softcap)
+        read = 2 * m.kv_heads * min(context, chunk - 1 + window) * self.cache_dtype.itemsize
+        q_item = self.cache_dtype.itemsize if rounds else self.item
+        moved = rows * m.head_dim * (read + m.heads * chunk * (q_item + self.item))
         pairs = rows * sum(min(p + 1, window) for p in range(context - chunk, context))
         make = self.attention(self.batch([(context, chunk)] * rows))
         done = 4 * pairs * m.heads * m.head_dim
         if chunk == 1:
             return Case("attention, decode", f"{rows} rows x {context}", moved, done, make)
-        return Case("attention, prefill", told(rows, context, chunk), moved, done, make)
+        speed = FP8_OPS_PER_S if rounds else OPS_PER_S
+        return Case("attention, prefill", told(rows, context, chunk), moved, done, make, speed)
 
     def delta_case(self, delta: GatedDelta, rows: int, tokens: int) -> Case:
         """The gated delta rule with its convolution, for rows of `tokens` tokens each."""

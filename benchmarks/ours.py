@@ -26,7 +26,7 @@ from gllm_engine.images import place, read_processor
 KINDS = {
     "indexer": "_score_tokens|_choose_tokens|_store_index_key",
     "attention": "PrefillWith|DecodeWith|PersistentVariableLength|MergeState|_decode_attention|"
-    "_split$|_list_pages|_copy_pages|_apply_sinks|_gather_latents|_absorb|_attend_latent|_project",
+    "_split$|_list_pages|_apply_sinks|_gather_latents|_absorb|_attend_latent|_project",
     "gated delta rule": "_recur|_convolve|_solve_blocks|_gated_norm",
     "norms": "_rms_norm|_layer_norm|_mean_squares",
     "rotation and KV store": "_rotate_and_store|_store_latent",

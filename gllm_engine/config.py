@@ -39,7 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # format of the weights in memory; auto: as in the checkpoint; fp8: a plain checkpoint's weights
     # are rounded to float8_e4m3fn, with a scale per row; none: all weights are plain, of type dtype
     quantization: Literal["auto", "fp8", "none"] = "auto"
-    # fp8: K and V are rounded to float8_e4m3fn, one byte a number; auto: same type as dtype
+    # fp8: K and V are rounded to float8_e4m3fn, one byte a number, and on Hopper queries of prompts
+    # too; auto: same type as dtype
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     # dummy: random weights for benchmarks; of the checkpoint only config.json is read
     load_format: Literal["auto", "dummy"] = "auto"

@@ -87,10 +87,10 @@ class GqaAttention:
         logit_tokens: LogitTokens | None,
         context: ForwardContext,
         q: Tensor,
-        kv: Tensor | None = None,
+        kept: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """`q`, `kv`: of AttentionInputs."""
+        """`q`, `kept`: of AttentionInputs."""
         tokens = None
         plans = context.plans
         if logit_tokens is not None:
@@ -98,7 +98,7 @@ class GqaAttention:
             plans = logit_tokens.plans
         if not plans:
             return q.new_empty(0, self._arch.attended_width)
-        inputs = AttentionInputs(q, kv)
+        inputs = AttentionInputs(q, kept)
         return self._ops.attend(inputs, pages, plans[self.plan_key], tokens, self._sinks, out)
 
     def _project(

@@ -460,7 +460,7 @@ class Decoder:
         rotated channels and scales of queries that depend on the position.
         """
         plans: dict[PlanKey, AttentionPlan] = {
-            key: PagedPlan(cache_index[key[0]], keeps_kv=True)
+            key: PagedPlan(cache_index[key[0]], keeps=True)
             for key in self._planned
             if key[0] != _NO_GROUP
         }

@@ -7,16 +7,21 @@ Attention uses one kernel for each kind of row:
 
     decode rows              our split-KV kernel, which needs no plan from the host
     chunks from position 0   FlashInfer, over the K and V of the step itself, not from pages: a
-                             fifth faster, and not rounded if the cache is float8
-    other chunks             FlashInfer, over pages; on Hopper over a copy of float8 pages in the
-                             queries' dtype, unless chunks are short or contexts too long
+                             tenth to a fifth faster
+    other chunks             FlashInfer, over pages
     all chunks, if FlashInfer lacks a kernel (float32, unusual head sizes)
                              plain torch, as on a CPU: right, but slow
 
 FlashInfer plans on the host (`plan`): it divides a step's attention among the multiprocessors
 before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3 kernels run on
-Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages use FlashAttention-2,
-because FlashAttention-3 would need float8 queries. It takes twice as long, hence the copy.
+Hopper, its FlashAttention-2 kernels on other GPUs.
+
+Over float8 pages FlashAttention-3 needs float8 queries, and rounds the weights of values too. So
+`rotate_and_store` keeps all heads of a step with chunks as pages hold K and V: with a scale of 1.
+Queries are far below 448, the largest number of float8, and what is beyond becomes 448. Queries of
+decode rows are not rounded. Nor are those of short chunks, for which FlashAttention-2 is faster,
+nor of layers with a softcap, which float8 kernels lack: there chunks over pages use
+FlashAttention-2, in twice the time. On other GPUs nothing is rounded but what is read from pages.
 
 Long segments of a vision tower have FlashAttention-3 too, on Hopper. It takes heads of 64, 128 and
 256 channels, so that others are padded with zeros.
@@ -46,7 +51,6 @@ from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
-    COPIED_BYTES,
     EXPANDED_BYTES,
     PARTIALS_BYTES,
     SCORE_BYTES,
@@ -54,9 +58,10 @@ from gllm_engine.ops.kernels import (
     has_chunk_kernels,
     on_hopper,
     padded_head,
+    rounds_chunks,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
-from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, is_copied, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, are_short, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -125,28 +130,22 @@ PINNED_BUFFER = "_pin_memory_int_workspace_buffer"
 
 
 @dataclass
-class CopiedChunks:
-    """Chunks that attend to a copy of the pages of their sequences."""
-
-    wrapper: BatchPrefillWithRaggedKVCacheWrapper
-    places: Tensor  # [keys] cache place of each K and V, row after row
-    memory: Tensor  # [COPIED_BYTES] uint8, for K and V
-
-
-@dataclass
 class FlashInferPlan(PagedPlan):
     """A plan for each kind of row; None if the step has no such row.
 
-    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages or a copy
-    of them, tokens num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after
-    them. If `slow` is given, it covers all tokens, and the other plans are None.
+    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages, tokens
+    num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after them. If `slow`
+    is given, it covers all tokens, and the other plans are None. `rounds`: whether the queries of
+    fresh chunks are rounded to the dtype of pages; `rounds_paged`: those of other chunks.
     """
 
     num_decode: int
     first_fresh: int = 0
     decode: triton.KvSplits | None = None
-    chunks: BatchPrefillWithPagedKVCacheWrapper | CopiedChunks | None = None
+    chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
+    rounds: bool = False
+    rounds_paged: bool = False
     slow: reference.ReferencePlan | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -288,31 +287,26 @@ def attend(
         triton.decode_attention(
             q[:n], cache, plan.decode, found[:n], plan.scale, plan.softcap, sinks
         )
-    if isinstance(plan.chunks, CopiedChunks):
-        _attend_copied(plan.chunks, q[n:f], cache, out=found[n:f], sinks=sinks)
-    elif plan.chunks is not None:
-        _run(plan.chunks, q[n:f], cache, out=found[n:f], sinks=sinks)
-    if plan.fresh is not None and inputs.kv is not None:
-        k, v = inputs.kv[f:].chunk(2, 1)
-        _run(plan.fresh, q[f:], k, v, out=found[f:], sinks=sinks)
+    kept = inputs.kept
+    if plan.chunks is not None:
+        some = kept[:, : q.shape[1]] if plan.rounds_paged and kept is not None else q
+        _run(plan.chunks, some[n:f], cache, out=found[n:f], sinks=sinks)
+    if plan.fresh is not None and kept is not None:
+        some = kept[:, : q.shape[1]] if plan.rounds else q
+        # With a softcap K and V are rounded, and q is not.
+        k, v = kept[f:, -2 * cache.shape[3] :].to(some.dtype).chunk(2, 1)
+        _run(plan.fresh, some[f:], k, v, out=found[f:], sinks=sinks)
     return found.flatten(1)
-
-
-def _attend_copied(
-    chunks: CopiedChunks, q: Tensor, cache: Tensor, out: Tensor, sinks: Tensor | None
-) -> None:
-    shape = (2, len(chunks.places), *cache.shape[3:])
-    (kv,) = split_memory(chunks.memory.view(q.dtype), shape)
-    triton.copy_pages(cache, chunks.places, kv)
-    _run(chunks.wrapper, q, kv[0], kv[1], out=out, sinks=sinks)
 
 
 def _run(wrapper: Any, *inputs: Tensor, out: Tensor, sinks: Tensor | None) -> None:
     """FlashInfer's own kernels with sinks would have to be compiled besides those without."""
+    # Of q, k and v, if these are float8.
+    scales = (1.0, 1.0, 1.0) if inputs[0].dtype != out.dtype else ()
     if sinks is None:
-        wrapper.run(*inputs, out=out)
+        wrapper.run(*inputs, *scales, out=out)
     else:
-        _, lse = wrapper.run(*inputs, out=out, return_lse=True)
+        _, lse = wrapper.run(*inputs, *scales, out=out, return_lse=True)
         triton.apply_sinks(out, lse, sinks)
 
 
@@ -388,7 +382,7 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     # One kernel serves any number of heads; layers with a window, of any size, share another one.
     kinds = {}
     for layer in layers:
-        kind = _kernel_kind(layer.shape)
+        kind = _kernel_kind(layer, dtype)
         if has_chunk_kernels(kind[0], dtype, kind[1]):
             kinds[kind] = layer
     if not kinds:
@@ -397,7 +391,7 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     def plan(batch: Batch, layer: AttentionLayer) -> None:
         cache, shape = layer
         torch.cuda.set_device(cache.device)
-        planner = FlashInferPlanner(cache.device, dtype, copies=False)
+        planner = FlashInferPlanner(cache.device, dtype)
         if isinstance(shape, LatentShape):
             planner.plan_latent(batch, cache, replace(shape, top_k=None))
         else:
@@ -415,11 +409,16 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     compile_all(what, plan, jobs)
 
 
-def _kernel_kind(shape: AttentionShape | LatentShape) -> tuple[int, int, bool, bool]:
-    """Channels of a key and of a value; whether there is no window, and no softcap."""
+def _kernel_kind(layer: AttentionLayer, dtype: torch.dtype) -> tuple[int, int, bool, bool, bool]:
+    """Channels of a key and of a value; whether there is no window, and no softcap; whether queries
+    are rounded.
+    """
+    cache, shape = layer
     if isinstance(shape, LatentShape):
-        return shape.key_dim, shape.value_dim, True, True
-    return shape.head_dim, shape.head_dim, shape.window is None, shape.softcap is None
+        return shape.key_dim, shape.value_dim, True, True, False
+    rounds = rounds_chunks(on_hopper(cache.device), dtype, cache.dtype, shape.softcap)
+    dim = shape.head_dim
+    return dim, dim, shape.window is None, shape.softcap is None, rounds
 
 
 class _Stages:
@@ -464,18 +463,13 @@ class FlashInferPlanner:
     """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
     def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        copies: bool = True,
-        partials_bytes: int = PARTIALS_BYTES,
+        self, device: torch.device, dtype: torch.dtype, partials_bytes: int = PARTIALS_BYTES
     ) -> None:
-        """`dtype`: of the queries, and of the cache unless the cache is float8. `copies`: whether
-        chunks may attend to a copy of float8 pages. FlashAttention-3 has no partial results.
+        """`dtype`: of the queries, and of the cache unless the cache is float8. FlashAttention-3
+        has no partial results.
         """
         self._device = device
         self._dtype = dtype
-        self._copies = copies
         self._stages = _Stages()
         self._partials = torch.zeros(partials_bytes, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
@@ -483,7 +477,6 @@ class FlashInferPlanner:
         # the other.
         self._scores: Tensor | None = None
         self._expanded: Tensor | None = None
-        self._copied: Tensor | None = None
 
     def plan(
         self,
@@ -508,28 +501,11 @@ class FlashInferPlanner:
             )
         if len(batch.query_lens) > n:
             rows = prefill_rows(batch, window if shape.chunked else None)
-            of_keys: Tensor | None = None
-            token_bytes = 2 * shape.kv_heads * shape.head_dim * self._dtype.itemsize
-            may_copy = self._makes_copies(cache, window)
-            if may_copy and is_copied(rows.up_to(rows.num_paged), token_bytes):
-                of_keys = places(batch, slice(n, n + rows.num_paged), cache.shape[2])
+            hopper = on_hopper(self._device)
+            plan.rounds = rounds_chunks(hopper, self._dtype, cache.dtype, shape.softcap)
             options = _options(shape, self._dtype)
-            self._plan_prefill(plan, rows, batch.page_table, cache, options, group, of_keys)
+            self._plan_prefill(plan, rows, batch.page_table, cache, options, group)
         return plan
-
-    def _makes_copies(self, cache: Tensor, window: int | None) -> bool:
-        """Whether chunks may attend to a copy of their pages. The memory for it exists from the
-        first plan with chunks on, whatever they are, so that a trial step tells of it.
-        """
-        makes = (
-            self._copies
-            and window is None
-            and cache.dtype != self._dtype
-            and on_hopper(self._device)
-        )
-        if makes and self._copied is None:
-            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
-        return makes
 
     def _is_fast(self, cache: Tensor, shape: AttentionShape) -> bool:
         """Whether FlashInfer can attend so. Its rows begin with a page."""
@@ -544,32 +520,24 @@ class FlashInferPlanner:
         cache: Tensor,
         options: dict[str, Any],
         group: int,
-        of_keys: Tensor | None,
     ) -> None:
-        """Add the plans of prefill chunks to `plan`. `of_keys`: the places of what is copied."""
+        """Add the plans of prefill chunks to `plan`."""
         paged = rows.num_paged
         plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
-        if of_keys is not None:
-            plan.chunks = self._plan_copied(rows.up_to(paged), of_keys, options, group)
-        elif paged:
-            plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, options, group)
+        rounded = options | {"q_data_type": cache.dtype}
+        if paged:
+            some = rows.up_to(paged)
+            plan.rounds_paged = plan.rounds and not are_short(some)
+            of_pages = rounded if plan.rounds_paged else options
+            plan.chunks = self._plan_chunks(some, page_table, cache, of_pages, group)
+        plan.keeps = plan.rounds_paged or paged < len(rows.ends)
         if paged < len(rows.ends):
+            options = rounded if plan.rounds else options
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.keeps_kv = True
             backend = chunk_backend(on_hopper(self._device), True)
             plan.fresh = self._wrapper(kind, options, backend, group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **options)
-
-    def _plan_copied(
-        self, rows: PrefillRows, of_keys: Tensor, options: dict[str, Any], group: int
-    ) -> CopiedChunks:
-        assert self._copied is not None
-        kind = BatchPrefillWithRaggedKVCacheWrapper
-        backend = chunk_backend(on_hopper(self._device), True)
-        wrapper = self._wrapper(kind, options, backend, group, "copied")
-        self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **options)
-        return CopiedChunks(wrapper, of_keys, self._copied)
 
     def plan_segments(self, lengths: list[int], shape: AttentionShape) -> Attend:
         """Of FlashAttention-3 within segments; valid until the next plan for this shape."""
@@ -667,7 +635,7 @@ class FlashInferPlanner:
         options: dict[str, Any],
         group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        backend = chunk_backend(on_hopper(self._device), cache.dtype == self._dtype)
+        backend = chunk_backend(on_hopper(self._device), cache.dtype == options["q_data_type"])
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, options, backend, group)
         page_size = cache.shape[2]
         pages = ListedPages(rows, page_size, window=options["window_left"] + 1)
@@ -686,13 +654,11 @@ class FlashInferPlanner:
         )
         return wrapper
 
-    def _wrapper(
-        self, kind: type, options: dict[str, Any], backend: str, group: int, use: str = ""
-    ) -> Any:
-        """The wrapper of a kind for `options` from _options, a group and a use, made at the first
-        call. A kind and options always come with the same `backend`.
+    def _wrapper(self, kind: type, options: dict[str, Any], backend: str, group: int) -> Any:
+        """The wrapper of a kind for `options` from _options and a group, made at the first call. A
+        kind and options always come with the same `backend`.
         """
-        key = (kind, group, use, *options.values())
+        key = (kind, group, *options.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)
@@ -717,7 +683,7 @@ def make_segment_planner(
     width = padded_head(head_dim, dtype)
     if width is None or not on_hopper(device):
         return SegmentPlanner(device)
-    planner = FlashInferPlanner(device, dtype, copies=False, partials_bytes=_PLAN_BYTES)
+    planner = FlashInferPlanner(device, dtype, _PLAN_BYTES)
     shape = AttentionShape(heads, heads, width, None, scale=head_dim**-0.5)
     return SegmentPlanner(device, shape, partial(planner.plan_segments, shape=shape))
 
@@ -732,6 +698,7 @@ def _options(shape: AttentionShape, dtype: torch.dtype) -> dict[str, Any]:
         "head_dim_qk": shape.head_dim,
         "causal": True,
         "q_data_type": dtype,
+        "o_data_type": dtype,
         "window_left": shape.window - 1 if shape.window is not None and not shape.chunked else -1,
         "sm_scale": shape.scale,
         "logits_soft_cap": shape.softcap,

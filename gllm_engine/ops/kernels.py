@@ -29,9 +29,6 @@ FACTORS = 4
 # Bytes of K and V of chunks that latent attention makes at once: of 47,000 tokens and 16 heads of
 # 192 and 128 channels, or of 299,000 tokens and one head.
 EXPANDED_BYTES = 512 << 20
-# Bytes of K and V that chunks attend to in a copy of float8 pages: of 65,536 tokens with 8 heads of
-# 128 channels.
-COPIED_BYTES = 256 << 20
 # Tokens of the absorbed form of latent attention at once, which takes 4 bytes for each number of a
 # latent, token and head; and the most parts of contexts beyond one per token.
 ABSORBED_TOKENS = 2048
@@ -79,6 +76,15 @@ def chunk_backend(is_hopper: bool, is_same_dtype: bool) -> str:
     return "fa3" if is_hopper and is_same_dtype else "fa2"
 
 
+def rounds_chunks(
+    is_hopper: bool, dtype: torch.dtype, cache_dtype: torch.dtype, softcap: float | None = None
+) -> bool:
+    """Whether chunks attend with their heads rounded to the dtype of pages, for FlashAttention-3.
+    Its float8 kernels have no softcap.
+    """
+    return is_hopper and dtype in HALF and cache_dtype != dtype and softcap is None
+
+
 def has_scaled_product(
     dtype: torch.dtype, block: tuple[int, int] | None = None, is_hopper: bool = False
 ) -> bool:
@@ -106,16 +112,24 @@ def has_int8_product(dtype: torch.dtype, width: int, depth: int) -> bool:
 
 
 def attention_kernels(
-    device: DeviceKind, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+    device: DeviceKind,
+    head_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    softcap: float | None,
 ) -> str:
     """The kernels of attention over K and V in pages: of decode rows, then of prefill chunks."""
     if not has_chunk_kernels(head_dim, dtype):
         why = f"heads of {head_dim} in {str(dtype).removeprefix('torch.')}"
         return f"decode: Triton; prefill: plain torch (slow), for {why}"
-    fresh = chunk_backend(device == "hopper", True)
-    later = chunk_backend(device == "hopper", cache_dtype == dtype)
-    others = "" if fresh == later else f"; short chunks after the first one: {later}"
-    return f"decode: Triton; prefill: FlashInfer {fresh}{others}"
+    hopper = device == "hopper"
+    fresh = chunk_backend(hopper, True)
+    more = ""
+    if rounds_chunks(hopper, dtype, cache_dtype, softcap):
+        more = ", with queries rounded to FP8; short chunks after the first one: fa2"
+    elif (later := chunk_backend(hopper, cache_dtype == dtype)) != fresh:
+        more = f"; chunks after the first one: {later}"
+    return f"decode: Triton; prefill: FlashInfer {fresh}{more}"
 
 
 def latent_kernels(device: DeviceKind, key_dim: int, value_dim: int, dtype: torch.dtype) -> str:

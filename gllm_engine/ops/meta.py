@@ -20,7 +20,6 @@ from gllm_engine.ops.batch import Batch
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
     BLOCK,
-    COPIED_BYTES,
     EXPANDED_BYTES,
     EXTRA_PARTS,
     FACTORS,
@@ -29,6 +28,7 @@ from gllm_engine.ops.kernels import (
     SCORE_BYTES,
     has_chunk_kernels,
     padded_head,
+    rounds_chunks,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion
 from gllm_engine.ops.protocol import (
@@ -74,9 +74,6 @@ class MetaPlanner:
         group: int = 0,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan."""
-        is_copied = shape.window is None and cache.dtype != self._dtype
-        if is_copied and has_chunk_kernels(cache.shape[4], self._dtype):
-            self._keep("copied pages", COPIED_BYTES)
         return self._plan()
 
     def plan_recurrent(self, batch: Batch) -> AttentionPlan:
@@ -241,8 +238,10 @@ def rotate_and_store(
     plan: AttentionPlan,
     query_scale: Tensor | None = None,
 ) -> AttentionInputs:
-    """See Ops.rotate_and_store."""
+    """See Ops.rotate_and_store. As on Hopper."""
     q = torch.empty_like(qkv[:, :num_heads])
+    if rounds_chunks(True, qkv.dtype, cache.dtype):
+        return AttentionInputs(q, torch.empty_like(qkv, dtype=cache.dtype))
     return AttentionInputs(q, torch.empty_like(qkv[:, num_heads:]))
 
 

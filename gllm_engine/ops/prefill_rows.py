@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, HostInts
-from gllm_engine.ops.kernels import COPIED_BYTES
 
-# Least tokens of a chunk, on average over the tokens of contexts, for which float8 pages are
-# copied. Over pages of float8 FlashInfer takes twice the time for each pair of tokens; to copy a
-# token costs as much as 50 pairs, and a tile has 128 queries.
-_LEAST_COPIED = 128
+# Tokens of a chunk below which FlashAttention-2 is the faster one over float8 pages. It has a tile
+# for the queries of all heads with the same K and V, and several programs for a long context;
+# FlashAttention-3 has a tile of 128 queries for each head, and one program.
+_SHORT = 32
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,9 @@ class PrefillRows:
         )
 
 
-def is_copied(rows: PrefillRows, token_bytes: int) -> bool:
-    """Whether rows should attend to a copy of the float8 pages of their sequences.
-
-    `token_bytes`: of K and V of a token in the copy, which must fit in its memory.
-    """
-    tokens = int(rows.ends.sum())
-    pays = np.dot(rows.query_lens, rows.ends) >= _LEAST_COPIED * tokens
-    return bool(pays) and 0 < tokens * token_bytes <= COPIED_BYTES
+def are_short(rows: PrefillRows) -> bool:
+    """Whether chunks are short, on average over the tokens of contexts."""
+    return bool(np.dot(rows.query_lens, rows.ends) < _SHORT * rows.ends.sum())
 
 
 def prefill_rows(batch: Batch, chunk: int | None) -> PrefillRows:

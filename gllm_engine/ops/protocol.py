@@ -56,22 +56,23 @@ class PagedPlan(AttentionPlan):
     """A plan of layers with pages. The operations that store need no more of a plan than this, and
     what they return may be attended to with any plan of the same tokens.
 
-    `keeps_kv`: whether `rotate_and_store` returns K and V, too, because `attend` may read them.
+    `keeps`: whether `rotate_and_store` returns `kept`, too, because `attend` may read it.
     """
 
     cache_index: Tensor  # [tokens] cache place of what a token stores, as in Batch.of_group
-    keeps_kv: bool = field(default=False, kw_only=True)
+    keeps: bool = field(default=False, kw_only=True)
 
 
 class AttentionInputs(NamedTuple):
     """A step's heads after norm and rotation: the input of `attend`.
 
-    `kv`: the K heads, then the V heads, not rounded to the cache's dtype; None: `attend` reads K
-    and V from the cache.
+    `kept`: the K heads, then the V heads, in the dtype of q; or, if chunks attend with rounded
+    heads, the heads of q and these, as the cache would hold them. None: `attend` reads q and the
+    cache only.
     """
 
     q: Tensor  # [tokens, heads, head_dim]
-    kv: Tensor | None = None  # [tokens, 2 * kv_heads, head_dim]
+    kept: Tensor | None = None  # [tokens, 2 * kv_heads or all heads, head_dim]
 
 
 class PlainSampling(NamedTuple):

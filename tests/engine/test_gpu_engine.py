@@ -186,7 +186,9 @@ def cut_before(outputs: list[RequestOutput], tokens: set[int | None]) -> None:
 
 
 def test_greedy_tokens_over_a_float8_cache() -> None:
-    """Without FlashInfer's kernels as on the CPU; with them, a prompt attends to unrounded K, V."""
+    """Without FlashInfer's kernels as on the CPU; with them, a prompt's queries are rounded too on
+    Hopper, and elsewhere not even its own K and V.
+    """
     float8 = {"kv_cache_dtype": "fp8"}
     expected = generate(params(temperature=0), device="cpu", dtype="float32", **float8)
     for dtype, least in (("float32", 0.7), ("bfloat16", 0.3)):

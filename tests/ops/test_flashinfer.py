@@ -22,7 +22,10 @@ from gllm_engine.ops import latent_rows, prefill_rows, reference
 from gllm_engine.ops.batch import made_up_step
 
 pytest.importorskip("triton")
+from gllm_engine.ops import triton  # noqa: E402
+
 NAME = "gllm_engine.ops.flashinfer"
+FLOAT8 = torch.float8_e4m3fn
 
 
 class Wrapper:
@@ -42,15 +45,22 @@ class Ragged(Wrapper):
     def plan(self, q_starts: Tensor, k_starts: Tensor, **shape: Any) -> None:
         self.q_starts, self.k_starts, self.shape = q_starts.tolist(), k_starts.tolist(), shape
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, *scales: float, out: Tensor | None = None
+    ) -> Tensor:
         assert (len(q), len(k)) == (self.q_starts[-1], self.k_starts[-1])
         assert q.shape[1] == k.shape[1] == v.shape[1] == self.shape["num_qo_heads"]
         key_dim = self.shape["head_dim_qk"]
         assert (k.shape[2], v.shape[2]) == (key_dim, self.shape.get("head_dim_vo", key_dim))
+        number = self.shape["q_data_type"]
+        assert q.dtype == number and k.dtype == v.dtype == self.shape.get("kv_data_type", number)
+        assert scales == ((1.0, 1.0, 1.0) if number == FLOAT8 else ())
+        if number == FLOAT8:
+            assert out is not None and out.dtype == self.shape["o_data_type"] == torch.float16
         results = []
         for rows, seen in zip(pairwise(self.q_starts), pairwise(self.k_starts), strict=True):
-            queries = q[slice(*rows)].transpose(0, 1)
-            keys, values = (x[slice(*seen)].transpose(0, 1) for x in (k, v))
+            queries = q[slice(*rows)].transpose(0, 1).float()
+            keys, values = (x[slice(*seen)].transpose(0, 1).float() for x in (k, v))
             pairs = queries.shape[1], keys.shape[1]
             mask = torch.ones(pairs, dtype=torch.bool)
             mask = mask.tril(pairs[1] - pairs[0]) if self.shape["causal"] else mask
@@ -61,6 +71,28 @@ class Ragged(Wrapper):
             )
         result = torch.cat(results)
         return result if out is None else out.copy_(result)
+
+
+class Paged(Ragged):
+    """As Ragged, for K and V in pages."""
+
+    def plan(  # type: ignore[override]
+        self, q_starts: Tensor, starts: Tensor, listed: Tensor, lasts: Tensor, **shape: Any
+    ) -> None:
+        size = shape["page_size"]
+        lens = (starts.diff() - 1) * size + lasts
+        super().plan(q_starts, torch.tensor([0, *lens]).cumsum(0), **shape)
+        # Of each token in `listed` pages, but those after the last tokens of rows.
+        keys = torch.arange(len(listed) * size).split((starts.diff() * size).tolist())
+        self.keys = torch.cat([own[:n] for own, n in zip(keys, lens, strict=True)])
+        self.listed = listed.long()
+
+    def run(  # type: ignore[override]
+        self, q: Tensor, cache: Tensor, *scales: float, out: Tensor | None = None
+    ) -> Tensor:
+        pages = cache.float()[self.listed].transpose(0, 1)
+        k, v = pages.flatten(1, 2)[:, self.keys].to(cache.dtype)
+        return super().run(q, k, v, *scales, out=out)
 
 
 class Renamed(Wrapper):
@@ -74,7 +106,7 @@ class Renamed(Wrapper):
 def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     library: Any = ModuleType("flashinfer")
     library.__version__ = "9.9"
-    library.BatchPrefillWithPagedKVCacheWrapper = Wrapper
+    library.BatchPrefillWithPagedKVCacheWrapper = Paged
     library.BatchPrefillWithRaggedKVCacheWrapper = Ragged
     monkeypatch.setitem(sys.modules, "flashinfer", library)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
@@ -90,7 +122,6 @@ def planner(backend: ModuleType) -> Any:
     planner = object.__new__(backend.FlashInferPlanner)
     planner._device, planner._partials, planner._wrappers = torch.device("cpu"), torch.empty(1), {}
     planner._dtype, planner._scores, planner._expanded = torch.float32, None, None
-    planner._copies, planner._copied = True, None
     return planner
 
 
@@ -235,37 +266,75 @@ def test_both_forms_of_latent_attention_are_equal(
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-def test_chunks_attend_to_a_copy_of_float8_pages(
-    backend: ModuleType, planner: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("is_hopper", "softcap", "rows"),
+    [(True, None, STEP), (True, None, STEP[2:4]), (True, 30.0, STEP[2:]), (False, None, STEP)],
+)
+@pytest.mark.parametrize("short", [0, 1000])
+def test_chunks_over_float8_pages(
+    backend: ModuleType,
+    planner: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    is_hopper: bool,
+    softcap: float | None,
+    rows: list[tuple[int, int]],
+    short: int,
 ) -> None:
-    """Of all layers in the same memory; fresh chunks have a wrapper of their own."""
-    monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 8)
-    monkeypatch.setattr(prefill_rows, "COPIED_BYTES", 4 * (21 + 40) * 2 * 3 * 16)
+    """Wrappers check the dtypes of what they get. Rounding changes none of these numbers; the
+    stand-in knows no softcap.
+    """
+    for module in (backend, triton.qkv_rope_store):
+        monkeypatch.setattr(module, "on_hopper", lambda _: is_hopper)
     monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    planner._stages = Unstaged()
+    monkeypatch.setattr(prefill_rows, "_SHORT", short)
+    planner._stages, planner._dtype = Unstaged(), torch.float16
     torch.manual_seed(0)
-    batch = mixed_step(STEP, 16)
-    shape = (int(batch.page_table.max()) + 1, 2, 16, 3, 16)
-    like = torch.empty(shape, dtype=torch.float8_e4m3fn)
-    planner.plan(mixed_step(STEP[4:], 16), like, AttentionShape(3, 3, 16, None))
-    assert planner._copied is not None  # a trial step tells of the memory
-    plan = planner.plan(batch, like, AttentionShape(3, 3, 16, None))
-    assert len(plan.chunks.places) == 21 + 40 and plan.first_fresh == 23
-    assert plan.chunks.wrapper is not plan.fresh
-    assert plan.chunks.wrapper.backend == plan.fresh.backend == "fa3"
-    planner._copied.view(torch.float32).fill_(float("nan"))
-    slow = reference.plan_attention(batch, torch.empty(shape), None)
-    q = torch.randn(len(batch.tokens), 3, 16)
-    for _ in range(2):
-        cache = torch.randn(shape).to(torch.float8_e4m3fn)
-        wide = cache.float()
-        kv = wide[batch.cache_index // 16, :, batch.cache_index % 16].flatten(1, 2)
-        out = torch.empty(len(q), 3 * 16)
-        found = backend.attend(ops.AttentionInputs(q, kv), cache, plan, out=out)
-        assert found.data_ptr() == out.data_ptr()
-        expected = reference.attend(ops.AttentionInputs(q), wide, slow)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    batch = mixed_step(rows, 16)
+    cache = torch.randn(int(batch.page_table.max()) + 1, 2, 16, 3, 16).to(FLOAT8)
+    plan = planner.plan(batch, cache, AttentionShape(3, 3, 16, None, softcap=softcap))
+    rounds = is_hopper and softcap is None
+    fresh = len(rows) > 2
+    assert (plan.rounds, plan.rounds_paged) == (rounds, rounds and not short)
+    assert plan.keeps == (plan.rounds_paged or fresh)
+    assert plan.chunks.backend == ("fa3" if plan.rounds_paged else "fa2")
+    assert (plan.fresh is not None) == fresh
+    if plan.fresh is not None:
+        assert plan.fresh.backend == ("fa3" if is_hopper else "fa2")
+    qkv = torch.randn(len(batch.tokens), 9, 16).to(FLOAT8).half()
+    found = backend.rotate_and_store(qkv, 3, None, None, cache, plan)
+    expected = qkv.to(FLOAT8) if is_hopper else qkv[:, 3:]
+    assert (found.kept is not None) == plan.keeps
+    if found.kept is not None:
+        assert found.kept.dtype == expected.dtype
+        assert torch.equal(found.kept.half(), expected.half())
+    out = torch.empty(len(qkv), 3 * 16, dtype=torch.float16)
+    assert backend.attend(found, cache, plan, out=out).data_ptr() == out.data_ptr()
+    slow = reference.plan_attention(batch, wide := cache.float(), None)
+    exact = reference.attend(ops.AttentionInputs(qkv[:, :3].float()), wide, slow)
+    torch.testing.assert_close(out.float(), exact, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
+@pytest.mark.parametrize("is_hopper", [False, True])
+def test_kernels_over_float8_pages_are_compiled_once(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, is_hopper: bool
+) -> None:
+    """One with float8 queries, one for short chunks; and a tower's."""
+    jobs: list[tuple[int, Any]] = []
+
+    def keep(what: str, plan: Any, wanted: list[Any]) -> None:
+        jobs.extend((int(chunk.context_lens_cpu[0]), layer.shape) for chunk, layer in wanted)
+
+    monkeypatch.setattr(backend, "compile_all", keep)
+    monkeypatch.setattr(backend, "on_hopper", lambda _: is_hopper)
+    float8, half = (torch.empty(1, 2, 16, 2, 64, dtype=kind) for kind in (FLOAT8, torch.float16))
+    tower, plain = (AttentionShape(heads, 2, 64, None) for heads in (2, 4))
+    capped = replace(plain, softcap=30.0)
+    layers = [(half, tower), (float8, plain), (float8, capped)]
+    backend.compile_attention([ops.AttentionLayer(*layer) for layer in layers], torch.float16)
+    both = [(2, plain), (4, plain), (2, capped), (4, capped)]
+    assert jobs == ([(2, tower)] if is_hopper else []) + both
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")

@@ -315,7 +315,7 @@ def test_rotation_and_store(norm: str, rotation: str | None) -> None:
         head_norm,
         None if rotation is None else RotaryInputs(*tables, interleaved, batch.positions),
         there,
-        PagedPlan(batch.cache_index, keeps_kv=True),
+        PagedPlan(batch.cache_index, keeps=True),
         query_scale,
     )
     rotary = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gllm_engine.ops import prefill_rows as module
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.prefill_rows import ListedPages, is_copied, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, are_short, prefill_rows
 
 PAGE = 4
 # (context, tokens in the step): two decode rows, then prefill chunks.
@@ -40,16 +40,14 @@ def test_rows_that_see_everything_before_them(batch: Batch) -> None:
     assert prefill_rows(fresh, None).num_paged == 0
 
 
-def test_pages_are_copied_if_it_pays(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For chunks that are long enough on average, whose keys fit in the memory."""
+def test_short_chunks(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On average over the tokens of contexts."""
     rows = prefill_rows(batch, None).up_to(4)
-    keys = 5 + 16 + 21 + 40
-    mean = (5 * 5 + 16 * 16 + 4 * 21 + 17 * 40) / keys
-    monkeypatch.setattr(module, "COPIED_BYTES", 10 * keys)
-    monkeypatch.setattr(module, "_LEAST_COPIED", mean - 0.01)
-    assert is_copied(rows, 10) and not is_copied(rows, 11) and not is_copied(rows.up_to(0), 10)
-    monkeypatch.setattr(module, "_LEAST_COPIED", mean + 0.01)
-    assert not is_copied(rows, 10)
+    mean = (5 * 5 + 16 * 16 + 4 * 21 + 17 * 40) / (5 + 16 + 21 + 40)
+    monkeypatch.setattr(module, "_SHORT", mean + 0.01)
+    assert are_short(rows)
+    monkeypatch.setattr(module, "_SHORT", mean - 0.01)
+    assert not are_short(rows)
 
 
 @pytest.mark.parametrize("chunk", [4, 8, 16, 64])

@@ -6,7 +6,6 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 from __future__ import annotations
 
 from gllm_engine.ops.triton.attention_sinks import apply_sinks
-from gllm_engine.ops.triton.copy_pages import copy_pages
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
 from gllm_engine.ops.triton.fp8 import dequantize, quantize, rounding_group
 from gllm_engine.ops.triton.gated_delta import RowPlan, gated_delta, gated_norm, plan_rows
@@ -46,7 +45,6 @@ __all__ = [
     "activate",
     "apply_sinks",
     "choose_tokens",
-    "copy_pages",
     "decode_attention",
     "dequantize",
     "dequantize_packed",

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import on_hopper, rounds_chunks
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
@@ -50,7 +51,8 @@ def _factor(gain, mask, PLUS_ONE: tl.constexpr):
 
 @triton.jit
 def _rotate_and_store(
-    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps, qkv_stride,
+    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kept, cache, eps,
+    qkv_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
     PAGE: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -95,8 +97,11 @@ def _rotate_and_store(
         line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
         kv_head = head - HEADS - tl.where(is_v, KV, 0)
         is_kv = inside & (head >= HEADS)
-        if kv is not None:
-            tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
+        if kept is not None:
+            number: tl.constexpr = kept.dtype.element_ty
+            FIRST: tl.constexpr = 0 if number == tl.float8e4nv else HEADS
+            there = kept + (token * (HEADS + 2 * KV - FIRST) + head - FIRST) * DIM + at
+            tl.store(there, stored(result, number), mask=inside & (head >= FIRST))
         result = stored(result, cache.dtype.element_ty)
         tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
 
@@ -115,9 +120,13 @@ def rotate_and_store(
     """
     assert isinstance(plan, PagedPlan)
     tokens, total, dim = qkv.shape
-    kv = qkv.new_empty(tokens, total - num_heads, dim) if plan.keeps_kv else None
-    q = _launch(qkv, num_heads, norm, rotary, cache, plan.cache_index, kv, query_scale)
-    return AttentionInputs(q, kv)
+    kept: Tensor | None = None
+    if plan.keeps and rounds_chunks(on_hopper(qkv.device), qkv.dtype, cache.dtype):
+        kept = qkv.new_empty(qkv.shape, dtype=cache.dtype)
+    elif plan.keeps:
+        kept = qkv.new_empty(tokens, total - num_heads, dim)
+    q = _launch(qkv, num_heads, norm, rotary, cache, plan.cache_index, kept, query_scale)
+    return AttentionInputs(q, kept)
 
 
 def rotate(x: Tensor, rotary: RotaryInputs) -> Tensor:
@@ -132,7 +141,7 @@ def _launch(
     rotary: RotaryInputs | None,
     cache: Tensor | None = None,
     cache_index: Tensor | None = None,
-    kv: Tensor | None = None,
+    kept: Tensor | None = None,
     query_scale: Tensor | None = None,
 ) -> Tensor:
     """q. `cache` and `cache_index`: None if qkv has no k and v."""
@@ -141,7 +150,7 @@ def _launch(
     cos, sin, interleaved, positions = rotary or (None, None, False, None)
     gain, eps, plus_one, after, means = norm or (None, 0.0, False, False, None)
     _rotate_and_store[(tokens, cdiv(total, _HEADS))](
-        qkv, gain, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps,
+        qkv, gain, means, cos, sin, positions, query_scale, cache_index, q, kept, cache, eps,
         qkv.stride(0),
         HEADS=num_heads, KV=(total - num_heads) // 2, DIM=dim,
         TURN=0 if cos is None else 2 * cos.shape[1], PAGE=0 if cache is None else cache.shape[2],
