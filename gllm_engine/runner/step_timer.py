@@ -126,9 +126,13 @@ class EventClock:
 
 
 class StepTimer:
-    """The time of one step, from its complete input to its last result."""
+    """The time of one step, from its complete input to its last result.
+
+    `work`: as Span.work.
+    """
 
     def __init__(self, clock: Clock) -> None:
+        self.work: tuple[int, ...] = ()
         self._clock = clock
         self._began: Moment = None
         self._ended: Moment = None
@@ -198,7 +202,8 @@ class RecordedTimer(StepTimer):
         count = len(self._parts)
         ends = times[1 : count + 1]
         for (name, _), begin, end in zip(self._parts, times[:count], ends, strict=True):
-            self._recorder.add("device", name, self._step, begin, end)
+            work = self.work if name == activity.COMPUTE else ()
+            self._recorder.add("device", name, self._step, begin, end, work)
         for begin, end in zip(times[count + 1 :: 2], times[count + 2 :: 2], strict=True):
             self._recorder.add("device", activity.COLLECTIVE, self._step, begin, end)
 

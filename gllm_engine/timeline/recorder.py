@@ -27,7 +27,9 @@ class NoRecorder:
     def mark(self, name: str, step: int = -1) -> None:
         """From now on the host does `name`."""
 
-    def add(self, track: Track, name: str, step: int, begin: int, end: int) -> None:
+    def add(
+        self, track: Track, name: str, step: int, begin: int, end: int, work: tuple[int, ...] = ()
+    ) -> None:
         """Add a span that has ended; times in nanoseconds of the monotonic clock."""
 
     def spans(self, rank: int) -> RankSpans:
@@ -51,8 +53,10 @@ class Recorder(NoRecorder):
             self._spans.append(Span("host", doing, of_step, since, now))
         self._doing = name, step, now
 
-    def add(self, track: Track, name: str, step: int, begin: int, end: int) -> None:
-        self._spans.append(Span(track, name, step, begin, end))
+    def add(
+        self, track: Track, name: str, step: int, begin: int, end: int, work: tuple[int, ...] = ()
+    ) -> None:
+        self._spans.append(Span(track, name, step, begin, end, work))
 
     def spans(self, rank: int) -> RankSpans:
         if self._doing is not None:  # what the host does now ends here, and goes on

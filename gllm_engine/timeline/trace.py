@@ -23,6 +23,7 @@ from gllm_engine.timeline.shares import Summary, find_shares, host_shares
 from gllm_engine.types import RankSpans, Span
 
 _TRACKS = ("host", "results", "device")
+_WORK = ("tokens", "context", "kv", "sequences")  # Span.work
 _ALIGNED = "all ranks are on one host and share its clock"
 _BY_TIME_OF_DAY = (
     "ranks of other hosts are aligned by the time of day: waits between hosts are wrong by as much "
@@ -144,17 +145,18 @@ def _about(what: str, pid: int, tid: int, value: dict[str, Any]) -> dict[str, An
 
 
 def _event(span: Span, pid: int, origin: int) -> _Complete:
-    args = {"step": span.step} if span.step >= 0 else None
+    args = {"step": span.step} if span.step >= 0 else {}
+    args |= dict(zip(_WORK, span.work, strict=False))
     begin = (span.begin - origin) / 1000
     length = (span.end - span.begin) / 1000
-    return _Complete(span.name, pid, _thread(pid, span.track), begin, length, args)
+    return _Complete(span.name, pid, _thread(pid, span.track), begin, length, args or None)
 
 
 def _shifted(rank: RankSpans, wall_ns: int) -> RankSpans:
     """The spans of a rank of another host, on the engine's clock."""
     by = rank.wall_ns - wall_ns
     spans = [
-        Span(span.track, span.name, span.step, span.begin + by, span.end + by)
+        msgspec.structs.replace(span, begin=span.begin + by, end=span.end + by)
         for span in rank.spans
     ]
     return RankSpans(rank.rank, wall_ns, rank.complete_from + by, spans)

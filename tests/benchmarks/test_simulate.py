@@ -260,7 +260,8 @@ def arguments(tmp_path: Path, **given: Any) -> argparse.Namespace:
 
 
 def test_costs_of_a_shape(tmp_path: Path) -> None:
-    stage, head = make_costs(arguments(tmp_path, model=SHAPE))
+    (stage, *others), head = make_costs(arguments(tmp_path, model=SHAPE))
+    assert others == [stage] * 3
     arch = read_arch(SHAPE)
     inside = arch.num_params() - arch.vocab * arch.dim  # tied
     assert stage(Work(1, 0, 0, 1)) == pytest.approx(2 * inside / 4 / 2e12)
@@ -270,7 +271,7 @@ def test_costs_of_a_shape(tmp_path: Path) -> None:
     assert head(Work(1, 0, 0, 1)) == pytest.approx(2 * arch.vocab * arch.dim / 2e12)
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"stage": {"step": 1.0}, "head": {"step": 2.0}}))
-    stage, head = make_costs(arguments(tmp_path, steps=path))
+    (stage, *_), head = make_costs(arguments(tmp_path, steps=path))
     assert (stage(Work(1, 1, 1, 1)), head(Work(1, 0, 0, 1))) == (1.0, 2.0)
 
 
