@@ -1,11 +1,11 @@
 """Simulates pipelines without GPUs: scripts/bench simulate --pp 4 --stage params=8e9 kv_bytes=65536
 
 The scheduler and its policies are the real ones. A cost model for each stage replaces the GPUs, and
-time is simulated. Costs come from measured steps (--steps FILE, as `offline --timeline FILE` writes
+time is simulated. Costs come from measured steps (--steps FILE, as offline --timeline FILE writes
 it), from a model's config.json (--model DIR), or from numbers (--stage: fields of Roofline). A step
-passes through the stages in order, each stage computes one step at a time, and sending activations to the next stage takes time.
-The host takes no time. Without --rate, requests arrive at the times of the trace, or all at once.
-The same seed gives the same figures.
+passes through the stages in order, each stage computes one step at a time, and sending activations
+to the next stage takes time. The host takes no time. Without --rate, requests arrive at the times
+of the trace, or all at once. The same seed gives the same figures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.load import RequestRecord
-from gllm_benchmarks.measured_steps import Cost, Step, fit_cost, read_timeline
+from gllm_benchmarks.measured_steps import Cost, fit_cost
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.rates import Runs
 from gllm_benchmarks.record import make_parser, number, told
@@ -178,7 +178,7 @@ def read_cost(about: Any) -> Cost:
     try:
         if isinstance(about, dict):
             return CostModel(**about).seconds
-        steps = [Step(Work(*(one[key] for key in Work._fields)), one["seconds"]) for one in about]
+        steps = [(Work(*(one[key] for key in Work._fields)), one["seconds"]) for one in about]
     except (TypeError, KeyError) as error:
         raise ValueError(f"neither coefficients nor measured steps: {error!r}") from None
     return fit_cost(steps)
@@ -190,11 +190,8 @@ def read_costs(about: Any, stages: int) -> tuple[list[Cost], Cost]:
     Steps of a single stage stand for those of every stage. In a timeline the head is a part of the
     last stage. Raises ValueError for a timeline of another number of stages.
     """
-    if isinstance(about, dict) and "traceEvents" in about:
-        try:
-            found = [fit_cost(steps) for steps in read_timeline(about)]
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"the trace is no timeline of an engine: {error!r}") from None
+    if isinstance(about, dict) and "steps" in about.get("otherData", {}):
+        found = [read_cost(steps) for steps in about["otherData"]["steps"]]
         if len(found) not in (1, stages):
             raise ValueError(f"the timeline is of {len(found)} stages, --pp says {stages}")
         return found * (stages // len(found)), CostModel(0.0).seconds
@@ -227,7 +224,11 @@ def parse_arguments() -> Namespace:
     parser = make_parser("simulate", __doc__)
     add = parser.add_argument
     add("--pp", type=number(int, 1, 64), default=4, help="stages; one step more is in flight")
-    add("--steps", type=Path, help="JSON: a timeline; coefficients or steps; or these as stage, head")
+    add(
+        "--steps",
+        type=Path,
+        help="JSON: a timeline; coefficients or steps; or these as stage, head",
+    )
     add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
     pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
     add("--stage", **pairs, help=f"numbers of a stage: {', '.join(Roofline._fields[2:])}")

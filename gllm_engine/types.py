@@ -286,7 +286,7 @@ class Span(Message, frozen=True, gc=False):
     """What one process did from `begin` to `end`, nanoseconds of its host's monotonic clock.
 
     `track`: the thread that did it, or "device". Spans of a track nest or follow each other.
-    `work`: of a step's computation, the numbers of sched.cost.Work in their order; else empty.
+    `work`: of a step on the device, the numbers of sched.cost.Work in their order; else empty.
     """
 
     track: Literal["host", "results", "device"]

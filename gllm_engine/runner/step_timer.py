@@ -202,8 +202,7 @@ class RecordedTimer(StepTimer):
         count = len(self._parts)
         ends = times[1 : count + 1]
         for (name, _), begin, end in zip(self._parts, times[:count], ends, strict=True):
-            work = self.work if name == activity.COMPUTE else ()
-            self._recorder.add("device", name, self._step, begin, end, work)
+            self._recorder.add("device", name, self._step, begin, end, self.work)
         for begin, end in zip(times[count + 1 :: 2], times[count + 2 :: 2], strict=True):
             self._recorder.add("device", activity.COLLECTIVE, self._step, begin, end)
 

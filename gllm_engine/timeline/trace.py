@@ -1,8 +1,9 @@
 """The spans of the engine and of all ranks on one clock, and the file they are written to.
 
 The file is a Chrome trace (JSON, which ui.perfetto.dev opens): a process per rank, a thread per
-track. Its "otherData" hold the summary. Ranks on one host share its monotonic clock. The clock of
-another host is aligned by the time of day, which is as exact as the hosts' agreement on it.
+track. Its "otherData" hold the summary, and what each stage's steps took. Ranks on one host share
+its monotonic clock. The clock of another host is aligned by the time of day, which is as exact as
+the hosts' agreement on it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import shown
 from gllm_engine.timeline import activity
 from gllm_engine.timeline.intervals import Interval
-from gllm_engine.timeline.shares import Summary, find_shares, host_shares
+from gllm_engine.timeline.shares import Summary, find_shares, host_shares, named, stage_steps
 from gllm_engine.types import RankSpans, Span
 
 _TRACKS = ("host", "results", "device")
-_WORK = ("tokens", "context", "kv", "sequences")  # Span.work
 _ALIGNED = "all ranks are on one host and share its clock"
 _BY_TIME_OF_DAY = (
     "ranks of other hosts are aligned by the time of day: waits between hosts are wrong by as much "
@@ -53,7 +53,7 @@ class _Complete(msgspec.Struct, tag_field="ph", tag="X", omit_defaults=True):
     tid: int
     ts: float
     dur: float
-    args: dict[str, int] | None = None
+    args: dict[str, float] | None = None
 
 
 class Timeline:
@@ -107,10 +107,16 @@ class Timeline:
         summary = self.summary()
         spans = [span for spans in self._processes().values() for span in spans]
         origin = min((span.begin for span in spans), default=0)
+        ranks = [rank.spans for rank in self._ranks]
         trace: dict[str, Any] = {
             "traceEvents": list(self._events(origin)),
             "displayTimeUnit": "ms",
-            "otherData": {"clock": self._clock, "begin_ns": origin, "summary": summary},
+            "otherData": {
+                "clock": self._clock,
+                "begin_ns": origin,
+                "summary": summary,
+                "steps": stage_steps(self._engine.spans, ranks, self._stages),
+            },
         }
         Path(path).write_bytes(msgspec.json.encode(trace))
         return summary
@@ -145,11 +151,10 @@ def _about(what: str, pid: int, tid: int, value: dict[str, Any]) -> dict[str, An
 
 
 def _event(span: Span, pid: int, origin: int) -> _Complete:
-    args = {"step": span.step} if span.step >= 0 else {}
-    args |= dict(zip(_WORK, span.work, strict=False))
+    args = {"step": span.step} | named(span.work) if span.step >= 0 else None
     begin = (span.begin - origin) / 1000
     length = (span.end - span.begin) / 1000
-    return _Complete(span.name, pid, _thread(pid, span.track), begin, length, args or None)
+    return _Complete(span.name, pid, _thread(pid, span.track), begin, length, args)
 
 
 def _shifted(rank: RankSpans, wall_ns: int) -> RankSpans:
