@@ -65,14 +65,13 @@ def _fit(steps: Steps, knees: tuple[float, ...]) -> tuple[float, list[float]]:
     seconds = np.array([each for _, each in steps])
     unit = seconds
     for _ in range(_ROUNDS):
-        found = np.zeros(len(scale))
-        kept = np.arange(len(scale))
-        part = np.full(len(scale), -1.0)
-        while part.min() < 0:
-            part = np.linalg.lstsq(rows[:, kept] / unit[:, None], seconds / unit, rcond=None)[0]
-            found[:] = 0.0
-            found[kept] = part
-            kept = np.delete(kept, part.argmin())
+        kept = list(range(len(scale)))
+        found = np.linalg.lstsq(rows / unit[:, None], seconds / unit, rcond=None)[0]
+        while found[kept].min() < 0:
+            del kept[found[kept].argmin()]
+            part = rows[:, kept] / unit[:, None]
+            found = np.zeros(len(scale))
+            found[kept] = np.linalg.lstsq(part, seconds / unit, rcond=None)[0]
         unit = np.maximum(rows @ found, seconds / _MOST_DELAY)
     errors = ((seconds - rows @ found) / unit) ** 2
     return float(np.minimum(errors, _MOST_ERROR).sum()), (found / scale).tolist()

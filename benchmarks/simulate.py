@@ -169,40 +169,28 @@ def simulate(
     return Run(records, idle, stats.steps, stats.preemptions)
 
 
-def read_cost(about: Any) -> Cost:
-    """The cost of one stage, from a CostModel's coefficients or fitted to measured steps.
+def read_costs(trace: Any, stages: int) -> list[Cost]:
+    """The costs of `stages` stages by the steps in a timeline; the last one's is with the head.
 
-    `about`: an object {"step": ..., "token": ...}, or a list of objects with the counts of Work
-    and "seconds". Raises ValueError for anything else.
+    The steps of a single stage stand for those of each. Raises ValueError for anything else.
     """
     try:
-        if isinstance(about, dict):
-            return CostModel(**about).seconds
-        steps = [(Work(*(one[key] for key in Work._fields)), one["seconds"]) for one in about]
+        found = [
+            fit_cost([(Work(*work), seconds) for work, seconds in steps])
+            for steps in trace["otherData"]["steps"]
+        ]
     except (TypeError, KeyError) as error:
-        raise ValueError(f"neither coefficients nor measured steps: {error!r}") from None
-    return fit_cost(steps)
-
-
-def read_costs(about: Any, stages: int) -> tuple[list[Cost], Cost]:
-    """The costs of `stages` stages and of the head, from what is in a file of --steps.
-
-    Steps of a single stage stand for those of every stage. In a timeline the head is a part of the
-    last stage. Raises ValueError for a timeline of another number of stages.
-    """
-    if isinstance(about, dict) and "steps" in about.get("otherData", {}):
-        found = [read_cost(steps) for steps in about["otherData"]["steps"]]
-        if len(found) not in (1, stages):
-            raise ValueError(f"the timeline is of {len(found)} stages, --pp says {stages}")
-        return found * (stages // len(found)), CostModel(0.0).seconds
-    parts = about if isinstance(about, dict) and "stage" in about else {"stage": about}
-    return [read_cost(parts["stage"])] * stages, read_cost(parts.get("head", {"step": 0.0}))
+        raise ValueError(f"it is no timeline of an engine: {error!r}") from None
+    if len(found) not in (1, stages):
+        raise ValueError(f"the timeline is of {len(found)} stages, --pp says {stages}")
+    return found * (stages // len(found))
 
 
 def make_costs(arguments: Namespace) -> tuple[list[Cost], Cost]:
     """The costs of the stages and of the head."""
     if arguments.steps:
-        return read_costs(json.loads(arguments.steps.read_text()), arguments.pp)
+        found = read_costs(json.loads(arguments.steps.read_text()), arguments.pp)
+        return found, CostModel(0.0).seconds
     gpus = arguments.gpus_per_stage
     chip = {"bandwidth": arguments.bandwidth * gpus, "flops": arguments.flops * gpus}
     stage = parse_pairs(arguments.stage)
@@ -224,11 +212,7 @@ def parse_arguments() -> Namespace:
     parser = make_parser("simulate", __doc__)
     add = parser.add_argument
     add("--pp", type=number(int, 1, 64), default=4, help="stages; one step more is in flight")
-    add(
-        "--steps",
-        type=Path,
-        help="JSON: a timeline; coefficients or steps; or these as stage, head",
-    )
+    add("--steps", type=Path, help="a timeline of as many stages, or of one that stands for each")
     add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
     pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
     add("--stage", **pairs, help=f"numbers of a stage: {', '.join(Roofline._fields[2:])}")

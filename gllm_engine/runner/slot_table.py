@@ -33,10 +33,10 @@ class StepRows:
     def work(self, chunks: list[Chunk]) -> tuple[int, ...]:
         """See Span.work. `chunks`: of the last rows; other rows compute one token."""
         contexts = self.context_lens_cpu
-        counts = np.ones_like(contexts)
-        counts[len(counts) - len(chunks) :] = [len(chunk.tokens) for chunk in chunks]
+        ones = [1] * (len(contexts) - len(chunks))
+        counts = int_array(ones, [len(chunk.tokens) for chunk in chunks])
         attended = counts * contexts - counts * (counts - 1) // 2
-        return int(counts.sum()), int(attended.sum()), int(contexts.sum()), len(counts)
+        return (*(int(each.sum()) for each in (counts, attended, contexts)), len(contexts))
 
 
 class SlotTable:

@@ -28,8 +28,10 @@ from gllm_engine.types import Span
 _ENGINE_WORKS = {activity.PLAN, activity.DISPATCH, activity.COMMIT, activity.BETWEEN_STEPS}
 _RANK_WORKS = {activity.MOVE, activity.PREPARE, activity.LAUNCH, activity.SAMPLE, activity.SEND}
 _LAUNCHES = {activity.LAUNCH, activity.SAMPLE}
-_COMPUTES = {activity.COMPUTE, activity.SAMPLE}
+_COMPUTES = activity.COMPUTE, activity.SAMPLE
 _CLOCKS_NS = 100_000  # how far the clocks of two devices may be apart
+
+Step = tuple[tuple[int, ...], float]  # Span.work, seconds
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -104,31 +106,27 @@ def find_shares(
 
 def stage_steps(
     engine: Sequence[Span], ranks: Sequence[Sequence[Span]], stages: int
-) -> list[list[dict[str, float]]]:
-    """Of each stage the steps: their work, and the seconds that they take on its first rank.
+) -> list[list[Step]]:
+    """The steps of each stage, on its first rank.
 
-    They begin when the step is planned, the stage has ended the step before, and its input is
-    there: activations, or the tokens of a step before. So what the hosts do then counts.
+    A step begins when it is planned, the stage has ended the step before, and its input is there:
+    activations, or the tokens of a step before. So what the hosts do then counts.
     """
     planned = {span.step: span.begin for span in engine if span.name == activity.DISPATCH}
-    works = {span.step: span.work for span in ranks[0] if span.work and span.step in planned}
     firsts = ranks[:: len(ranks) // stages]
     times = [_Spans(rank, (0, 1 << 63)).computed for rank in firsts]
-    found: list[list[dict[str, float]]] = [[] for _ in times]
+    found: list[list[Step]] = []
     for stage, of_stage in enumerate(times):
+        works = {span.step: span.work for span in firsts[stage] if span.work}
         before = times[stage - 1]  # of the first stage the last one, which samples
-        for step, (begin, end) in sorted(of_stage.items()):
-            if step in works and step - 1 in of_stage:
+        found.append([])
+        for step, (begin, end) in of_stage.items():
+            if step - 1 in of_stage:
                 inputs = [before[s][1] for s in range(step - stages, step + 1) if s in before]
                 ready = [each for each in inputs if each < begin + _CLOCKS_NS]
-                since = min(begin, max(planned[step], of_stage[step - 1][1], *ready))
-                found[stage].append(named(works[step]) | {"seconds": (end - since) / 1e9})
+                since = min(begin, max(planned.get(step, 0), of_stage[step - 1][1], *ready))
+                found[-1].append((works[step], (end - since) / 1e9))
     return found
-
-
-def named(work: Iterable[int]) -> dict[str, float]:
-    """Span.work with the names of its numbers."""
-    return dict(zip(("tokens", "context", "kv", "sequences"), work, strict=False))
 
 
 def _devices_table(shares: Sequence[Share]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import shown
 from gllm_engine.timeline import activity
 from gllm_engine.timeline.intervals import Interval
-from gllm_engine.timeline.shares import Summary, find_shares, host_shares, named, stage_steps
+from gllm_engine.timeline.shares import Summary, find_shares, host_shares, stage_steps
 from gllm_engine.types import RankSpans, Span
 
 _TRACKS = ("host", "results", "device")
@@ -53,7 +53,7 @@ class _Complete(msgspec.Struct, tag_field="ph", tag="X", omit_defaults=True):
     tid: int
     ts: float
     dur: float
-    args: dict[str, float] | None = None
+    args: dict[str, int] | None = None
 
 
 class Timeline:
@@ -76,6 +76,7 @@ class Timeline:
         self.missing = [rank for rank in range(config.num_ranks) if rank not in found]
         nothing = RankSpans(0, 0, 0, [])
         self._ranks = [found.get(rank, nothing) for rank in range(config.num_ranks)]
+        self._spans = [rank.spans for rank in self._ranks]
 
     def summary(self, period: Interval | None = None) -> Summary:
         """The shares of all devices and hosts over `period`, in nanoseconds of this host's
@@ -97,9 +98,8 @@ class Timeline:
         if begin >= end:
             return Summary([], {})
         whole = begin, end
-        ranks = [rank.spans for rank in self._ranks]
         hosts = {name: host_shares(spans, whole) for name, spans in self._processes().items()}
-        shares = find_shares(self._engine.spans, ranks, self._stages, whole)
+        shares = find_shares(self._engine.spans, self._spans, self._stages, whole)
         return Summary([share for share in shares if share.rank not in self.missing], hosts)
 
     def write(self, path: str) -> Summary:
@@ -107,7 +107,6 @@ class Timeline:
         summary = self.summary()
         spans = [span for spans in self._processes().values() for span in spans]
         origin = min((span.begin for span in spans), default=0)
-        ranks = [rank.spans for rank in self._ranks]
         trace: dict[str, Any] = {
             "traceEvents": list(self._events(origin)),
             "displayTimeUnit": "ms",
@@ -115,7 +114,7 @@ class Timeline:
                 "clock": self._clock,
                 "begin_ns": origin,
                 "summary": summary,
-                "steps": stage_steps(self._engine.spans, ranks, self._stages),
+                "steps": stage_steps(self._engine.spans, self._spans, self._stages),
             },
         }
         Path(path).write_bytes(msgspec.json.encode(trace))
@@ -124,9 +123,9 @@ class Timeline:
     def _processes(self) -> dict[str, list[Span]]:
         """The spans of each process by its name."""
         processes = {"engine": self._engine.spans} if self._has_workers else {}
-        for rank, spans in enumerate(self._ranks):
+        for rank, spans in enumerate(self._spans):
             if rank not in self.missing:
-                processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans.spans
+                processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans
         return processes
 
     def _events(self, origin: int) -> Iterator[dict[str, Any] | _Complete]:
@@ -151,7 +150,7 @@ def _about(what: str, pid: int, tid: int, value: dict[str, Any]) -> dict[str, An
 
 
 def _event(span: Span, pid: int, origin: int) -> _Complete:
-    args = {"step": span.step} | named(span.work) if span.step >= 0 else None
+    args = {"step": span.step} if span.step >= 0 else None
     begin = (span.begin - origin) / 1000
     length = (span.end - span.begin) / 1000
     return _Complete(span.name, pid, _thread(pid, span.track), begin, length, args)

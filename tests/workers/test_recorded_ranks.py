@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trace_checks import Event, covered, read_trace, tracks
+from trace_checks import covered, read_trace, tracks
 
 from gllm_engine import LLM, SamplingParams, write_tiny_model
 from gllm_engine.timeline import activity
@@ -23,8 +23,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def recorded(way: str, folder: Path) -> tuple[dict[str, Any], tuple[float, float], Any, int]:
-    """The trace of a group of ranks, the period of its second work, that period's summary and
-    the number of tokens computed in it.
+    """The trace of a group of ranks, the period of its second work, that period's summary, and
+    how many tokens are computed after the first step, which has all prompts of the first work.
     """
     model = write_tiny_model(folder / "model", "Qwen3ForCausalLM", seed=3, num_hidden_layers=5)
     path = folder / "out.json"
@@ -34,22 +34,14 @@ def recorded(way: str, folder: Path) -> tuple[dict[str, Any], tuple[float, float
         outputs = llm.generate([f"{i} {prompt}" for i, prompt in enumerate(PROMPTS)], GREEDY)
         end = time.monotonic_ns()
         summary = llm.engine.timeline().summary((begin, end))
-        llm.generate(PROMPTS, GREEDY)  # a group that was asked goes on
+        again = llm.generate(PROMPTS, GREEDY)  # a group that was asked goes on
     trace = read_trace(path)
     origin = trace["otherData"]["begin_ns"]
+    later = [*outputs, *again]
+    prompts = sum(len(one.prompt_token_ids) - one.num_cached_tokens for one in later)
     # The last token of each output is sampled, not computed.
-    most = len(PROMPTS) * (GREEDY.max_tokens - 1)
-    computed = sum(len(one.prompt_token_ids) - one.num_cached_tokens for one in outputs) + most
+    computed = prompts + 3 * len(PROMPTS) * (GREEDY.max_tokens - 1)
     return trace, ((begin - origin) / 1000, (end - origin) / 1000), summary, computed
-
-
-def works(events: list[Event], period: tuple[float, float]) -> list[list[int]]:
-    """The step and the numbers of its work, of each step that is computed in a period."""
-    names = ("step", "tokens", "context", "kv", "sequences")
-    computing = [e for e in events if e["name"] == activity.COMPUTE]
-    return [
-        [e["args"][name] for name in names] for e in computing if period[0] < e["ts"] < period[1]
-    ]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -69,9 +61,12 @@ def test_two_ranks(way: str, tmp_path: Path) -> None:
         assert RANK_HOST <= {event["name"] for event in found[process, "host"]}
         assert {event["name"] for event in found[process, "results"]} == {activity.AWAIT_DEVICE}
         assert rank.busy > 0 and rank.steps >= 15  # the other rank may end its last step later
-    steps = works(found[processes[1], "device"], period)
-    assert steps == works(found[last, "device"], period)
-    assert sum(tokens for _, tokens, *_ in steps) == computed
+    stages = trace["otherData"]["steps"]
+    assert len(stages) == (2 if way == "pp2" else 1)
+    for steps in stages:
+        assert [work for work, _ in steps] == [work for work, _ in stages[-1]]
+        assert sum(tokens for (tokens, *_), _ in steps) == computed
+        assert all(seconds > 0 for _, seconds in steps)
     first, second = summary.shares
     if way == "tp2":
         assert first.bubble == second.bubble == 0
