@@ -36,7 +36,7 @@ class StepRows:
         ones = [1] * (len(contexts) - len(chunks))
         counts = int_array(ones, [len(chunk.tokens) for chunk in chunks])
         attended = counts * contexts - counts * (counts - 1) // 2
-        return (*(int(each.sum()) for each in (counts, attended, contexts)), len(contexts))
+        return (*map(int, map(np.sum, (counts, attended, contexts))), len(contexts))
 
 
 class SlotTable:

@@ -110,7 +110,8 @@ def stage_steps(
     """The steps of each stage, on its first rank.
 
     A step begins when it is planned, the stage has ended the step before, and its input is there:
-    activations, or the tokens of a step before. So what the hosts do then counts.
+    activations, or the tokens of a step before. So what the hosts do then counts. The first few
+    steps are left out, and all that follow a step that computes nothing.
     """
     planned = {span.step: span.begin for span in engine if span.name == activity.DISPATCH}
     firsts = ranks[:: len(ranks) // stages]
@@ -121,9 +122,9 @@ def stage_steps(
         before = times[stage - 1]  # of the first stage the last one, which samples
         found.append([])
         for step, (begin, end) in of_stage.items():
-            if step - 1 in of_stage:
-                inputs = [before[s][1] for s in range(step - stages, step + 1) if s in before]
-                ready = [each for each in inputs if each < begin + _CLOCKS_NS]
+            near = range(step - stages, step + 1)
+            if step - 1 in of_stage and before.keys() >= {*near}:
+                ready = [before[s][1] for s in near if before[s][1] < begin + _CLOCKS_NS]
                 since = min(begin, max(planned.get(step, 0), of_stage[step - 1][1], *ready))
                 found[-1].append((works[step], (end - since) / 1e9))
     return found

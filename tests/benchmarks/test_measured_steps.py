@@ -90,7 +90,7 @@ def test_the_steps_in_a_timeline_have_the_costs_that_made_it(taped: tuple[Taped,
     stages = trace["otherData"]["steps"]
     assert len(stages) == 2
     for cost, steps in zip((STAGE, LAST), stages, strict=True):
-        assert [Work(*work) for work, _ in steps] == pipeline.works[2::2]  # but of the first step
+        assert [Work(*work) for work, _ in steps] == pipeline.works[4::2]  # but of the first two
         for work, seconds in steps:
             assert seconds == pytest.approx(cost.seconds(Work(*work)), abs=1e-8)
 
@@ -126,29 +126,32 @@ def test_steps_of_one_stage_stand_for_all(taped: tuple[Taped, Any], tmp_path: Pa
 def test_a_step_begins_when_its_plan_and_its_input_are_there_by_hand() -> None:
     """Milliseconds. What the host of a stage does before it computes is a part of the step.
 
-    Step 2, first stage: free at 10, planned at 12, computes 14 to 20. Second: free at 19 and the
-    input there at 20, computes 21 to 26. Step 3 waits for a token of step 2 and computes 27 to 32;
+    Step 4, first stage: free at 10, planned at 12, computes 14 to 20. Second: free at 19 and the
+    input there at 20, computes 21 to 26. Step 5 waits for a token of step 4 and computes 27 to 32;
     on the second stage, free at 26, it computes 33 to 36 and samples to 37.
     """
     work = Work.row(10, 1)
 
-    def span(name: str, step: int, begin: int, end: int, track: Any = "device") -> Span:
-        counts = work if name == activity.COMPUTE else ()
-        return Span(track, name, step, begin * 10**6, end * 10**6, counts)
+    def computed(*times: tuple[int, int]) -> list[Span]:
+        return [
+            Span("device", activity.COMPUTE, step, begin * 10**6, end * 10**6, work)
+            for step, (begin, end) in enumerate(times, 1)
+        ]
 
+    first = computed((0, 1), (0, 1), (1, 10), (14, 20), (27, 32), (40, 50))
+    last = computed((0, 1), (0, 1), (11, 19), (21, 26), (33, 36))
+    last.append(Span("device", activity.SAMPLE, 5, 36 * 10**6, 37 * 10**6, work))
+    last.append(Span("host", activity.SAMPLE, 5, 30 * 10**6, 31 * 10**6))
     engine = [
-        span(activity.DISPATCH, step, at, at, "host") for step, at in ((1, 0), (2, 12), (3, 13))
+        Span("host", activity.DISPATCH, step, at * 10**6, at * 10**6)
+        for step, at in ((3, 0), (4, 12), (5, 13), (6, 14))
     ]
-    first = [span(activity.COMPUTE, step, *at) for step, at in enumerate([(1, 10), (14, 20)], 1)]
-    first.append(span(activity.COMPUTE, 3, 27, 32))
-    last = [span(activity.COMPUTE, step, *at) for step, at in enumerate([(11, 19), (21, 26)], 1)]
-    last += [span(activity.COMPUTE, 3, 33, 36), span(activity.SAMPLE, 3, 36, 37)]
-    last.append(span(activity.SAMPLE, 3, 30, 31, "host"))
     found = stage_steps(engine, [first, [], last, []], 2)
     taken = [[round(1e3 * seconds, 6) for _, seconds in steps] for steps in found]
+    # Step 6 has not ended on the last stage.
+    assert taken == [[10 - 1, 20 - 12, 32 - 26], [19 - 10, 26 - 20, 37 - 32]]
     assert {counts for steps in found for counts, _ in steps} == {work}
-    assert taken == [[20 - 12, 32 - 26], [26 - 20, 37 - 32]]
-    assert stage_steps(engine, [first, []], 2)[1] == []  # a rank that does not answer
+    assert stage_steps(engine, [first, []], 2) == [[], []]  # a rank that does not answer
 
 
 def test_costs_have_knees_and_delays_count_little() -> None:

@@ -63,10 +63,11 @@ def test_two_ranks(way: str, tmp_path: Path) -> None:
         assert rank.busy > 0 and rank.steps >= 15  # the other rank may end its last step later
     stages = trace["otherData"]["steps"]
     assert len(stages) == (2 if way == "pp2" else 1)
-    for steps in stages:
-        assert [work for work, _ in steps] == [work for work, _ in stages[-1]]
-        assert sum(tokens for (tokens, *_), _ in steps) == computed
-        assert all(seconds > 0 for _, seconds in steps)
+    works = [[work for work, _ in steps] for steps in stages]
+    assert works[0] in (works[-1], works[-1][:-1])  # the last rank alone is waited for
+    decodes = len(PROMPTS) if way == "tp2" else len(PROMPTS) // 2
+    assert sum(tokens for tokens, *_ in works[-1]) == computed - decodes * (len(stages) - 1)
+    assert all(seconds > 0 for steps in stages for _, seconds in steps)
     first, second = summary.shares
     if way == "tp2":
         assert first.bubble == second.bubble == 0
