@@ -41,7 +41,9 @@ def fit_cost(steps: Steps) -> Cost:
         tried = (*knees[:which], knee, *knees[which + 1 :])
         error, found = _fit(steps, tried)
         if error < least * (1 - _LEAST_GAIN):
-            least, factors, knees = error, found, tried
+            least = error
+            factors = found
+            knees = tried
     return lambda work: sum(map(mul, factors, _parts(work, knees)))
 
 
