@@ -1,11 +1,11 @@
 """Simulates pipelines without GPUs: scripts/bench simulate --pp 4 --stage params=8e9 kv_bytes=65536
 
 The scheduler and its policies are the real ones. A cost model for each stage replaces the GPUs, and
-time is simulated. Costs come from measured steps (--steps FILE), from a model's config.json
-(--model DIR), or from numbers (--stage: fields of Roofline). A step passes through the stages in
-order, each stage computes one step at a time, and sending activations to the next stage takes time.
-The host takes no time. Without --rate, requests arrive at the times of the trace, or all at once.
-The same seed gives the same figures.
+time is simulated. Costs come from measured steps (--steps FILE, as offline --timeline FILE writes
+it), from a model's config.json (--model DIR), or from numbers (--stage: fields of Roofline). A step
+passes through the stages in order, each stage computes one step at a time, and sending activations
+to the next stage takes time. The host takes no time. Without --rate, requests arrive at the times
+of the trace, or all at once. The same seed gives the same figures.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.load import RequestRecord
+from gllm_benchmarks.measured_steps import Cost, fit_cost
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.rates import Runs
 from gllm_benchmarks.record import make_parser, number, told
@@ -35,7 +35,6 @@ from gllm_engine import (
     POLICIES,
     CostModel,
     EngineConfig,
-    Fit,
     Policy,
     SamplingParams,
     Scheduler,
@@ -46,9 +45,6 @@ from gllm_engine import (
     read_arch,
 )
 
-Cost = Callable[[Work], float]  # seconds
-
-_PASSES = 20  # passes over the measured steps, so that the fit converges
 COLUMNS = MORE | {
     "stages idle": lambda run: " ".join(f"{share:.0%}" for share in run["idle"]),
     "preempted": lambda run: run["preemptions"],
@@ -173,29 +169,28 @@ def simulate(
     return Run(records, idle, stats.steps, stats.preemptions)
 
 
-def read_cost(about: Any) -> Cost:
-    """The cost of one stage, from a CostModel's coefficients or fitted to measured steps.
+def read_costs(trace: Any, stages: int) -> list[Cost]:
+    """The costs of `stages` stages by the steps in a timeline; the last one's is with the head.
 
-    `about`: an object {"step": ..., "token": ...}, or a list of objects with the counts of Work
-    and "seconds". Raises ValueError for anything else.
+    The steps of a single stage stand for those of each. Raises ValueError for anything else.
     """
     try:
-        if isinstance(about, dict):
-            return CostModel(**about).seconds
-        fit = Fit(kept=1.0)
-        for each in about * _PASSES:
-            fit.observe(Work(*(each[key] for key in Work._fields)), each["seconds"])
+        found = [
+            fit_cost([(Work(*work), seconds) for work, seconds in steps])
+            for steps in trace["otherData"]["steps"]
+        ]
     except (TypeError, KeyError) as error:
-        raise ValueError(f"neither coefficients nor measured steps: {error!r}") from None
-    return fit.model.seconds
+        raise ValueError(f"it is no timeline of an engine: {error!r}") from None
+    if len(found) not in (1, stages):
+        raise ValueError(f"the timeline is of {len(found)} stages, --pp says {stages}")
+    return found * (stages // len(found))
 
 
-def make_costs(arguments: Namespace) -> tuple[Cost, Cost]:
-    """The costs of a stage and of the head."""
+def make_costs(arguments: Namespace) -> tuple[list[Cost], Cost]:
+    """The costs of the stages and of the head."""
     if arguments.steps:
-        about = json.loads(arguments.steps.read_text())
-        parts = about if isinstance(about, dict) and "stage" in about else {"stage": about}
-        return read_cost(parts["stage"]), read_cost(parts.get("head", {"step": 0.0}))
+        found = read_costs(json.loads(arguments.steps.read_text()), arguments.pp)
+        return found, CostModel(0.0).seconds
     gpus = arguments.gpus_per_stage
     chip = {"bandwidth": arguments.bandwidth * gpus, "flops": arguments.flops * gpus}
     stage = parse_pairs(arguments.stage)
@@ -210,14 +205,14 @@ def make_costs(arguments: Namespace) -> tuple[Cost, Cost]:
         stage = found | stage
         head = {"params": size}
     head |= parse_pairs(arguments.head)
-    return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
+    return [Roofline(**chip, **stage).seconds] * arguments.pp, Roofline(**chip, **head).seconds
 
 
 def parse_arguments() -> Namespace:
     parser = make_parser("simulate", __doc__)
     add = parser.add_argument
     add("--pp", type=number(int, 1, 64), default=4, help="stages; one step more is in flight")
-    add("--steps", type=Path, help="JSON: coefficients or measured steps; or as stage and head")
+    add("--steps", type=Path, help="a timeline of as many stages, or of one that stands for each")
     add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
     pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
     add("--stage", **pairs, help=f"numbers of a stage: {', '.join(Roofline._fields[2:])}")
@@ -253,7 +248,7 @@ def main() -> None:
     arguments = parse_arguments()
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     try:
-        stage, head = make_costs(arguments)
+        stages, head = make_costs(arguments)
     except (OSError, TypeError, ValueError) as error:  # an unreadable file or an invalid name
         raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
     keys = {
@@ -274,7 +269,7 @@ def main() -> None:
         sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
         config = EngineConfig(model=".", **values | sizes)
         for (load, arrivals), rate in zip(loads.items(), arguments.rate or [None], strict=True):
-            pipeline = Pipeline([stage] * arguments.pp, head, travel)
+            pipeline = Pipeline(stages, head, travel)
             run = simulate(config, POLICIES[bare], pipeline, pairs, arrivals)
             runs[load] = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
             del runs[load]["records"]

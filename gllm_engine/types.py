@@ -286,6 +286,7 @@ class Span(Message, frozen=True, gc=False):
     """What one process did from `begin` to `end`, nanoseconds of its host's monotonic clock.
 
     `track`: the thread that did it, or "device". Spans of a track nest or follow each other.
+    `work`: of a step on the device, the numbers of sched.cost.Work in their order; else empty.
     """
 
     track: Literal["host", "results", "device"]
@@ -293,6 +294,7 @@ class Span(Message, frozen=True, gc=False):
     step: int  # -1: of no step
     begin: int
     end: int
+    work: tuple[int, ...] = ()
 
 
 class RankSpans(Message, frozen=True):

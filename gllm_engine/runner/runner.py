@@ -262,6 +262,8 @@ class Runner:
             if plan.arrived:
                 self._wait()  # nothing else tells that the landing is free
             return RunnerStep(plan.step)
+        if self.recorder.is_on:
+            timer.work = rows.work(plan.chunks)
         x = self._receive(plan, timer)
         timer.begin()
         if self._graphs is not None and not plan.chunks:

@@ -16,7 +16,7 @@ import torch
 from gllm_engine.arch import CacheGroup
 from gllm_engine.ops import HostInts
 from gllm_engine.runner.host_arrays import int_array, to_device
-from gllm_engine.types import NewPages, NewSequence, StepPlan
+from gllm_engine.types import Chunk, NewPages, NewSequence, StepPlan
 
 
 class PlanError(ValueError):
@@ -29,6 +29,14 @@ class StepRows:
 
     slots_cpu: HostInts  # in the plan's order of rows
     context_lens_cpu: HostInts  # tokens in the cache after the step
+
+    def work(self, chunks: list[Chunk]) -> tuple[int, ...]:
+        """See Span.work. `chunks`: of the last rows; other rows compute one token."""
+        contexts = self.context_lens_cpu
+        ones = [1] * (len(contexts) - len(chunks))
+        counts = int_array(ones, [len(chunk.tokens) for chunk in chunks])
+        attended = counts * contexts - counts * (counts - 1) // 2
+        return (*map(int, map(np.sum, (counts, attended, contexts))), len(contexts))
 
 
 class SlotTable:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gllm_engine.parallel import TensorParallel
 from gllm_engine.timeline import NoRecorder, activity
+from gllm_engine.types import Span
 
 # A moment of the device's work, of the clock that gave it.
 Moment = Any
@@ -126,7 +127,12 @@ class EventClock:
 
 
 class StepTimer:
-    """The time of one step, from its complete input to its last result."""
+    """The time of one step, from its complete input to its last result.
+
+    `work`: as Span.work.
+    """
+
+    work: tuple[int, ...] = ()
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -198,9 +204,9 @@ class RecordedTimer(StepTimer):
         count = len(self._parts)
         ends = times[1 : count + 1]
         for (name, _), begin, end in zip(self._parts, times[:count], ends, strict=True):
-            self._recorder.add("device", name, self._step, begin, end)
+            self._recorder.add(Span("device", name, self._step, begin, end, self.work))
         for begin, end in zip(times[count + 1 :: 2], times[count + 2 :: 2], strict=True):
-            self._recorder.add("device", activity.COLLECTIVE, self._step, begin, end)
+            self._recorder.add(Span("device", activity.COLLECTIVE, self._step, begin, end))
 
 
 class StepTimers:

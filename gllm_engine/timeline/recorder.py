@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Literal
 
 from gllm_engine.types import RankSpans, Span
 
 # Older spans are dropped. A step takes about ten, so a process keeps its last 13,000 steps, in
 # 20 MB of memory.
 MAX_SPANS = 1 << 17
-
-Track = Literal["results", "device"]  # those beside the host
 
 
 class NoRecorder:
@@ -27,8 +24,8 @@ class NoRecorder:
     def mark(self, name: str, step: int = -1) -> None:
         """From now on the host does `name`."""
 
-    def add(self, track: Track, name: str, step: int, begin: int, end: int) -> None:
-        """Add a span that has ended; times in nanoseconds of the monotonic clock."""
+    def add(self, span: Span) -> None:
+        """Add a span of another track than the host's."""
 
     def spans(self, rank: int) -> RankSpans:
         """What was done so far."""
@@ -51,8 +48,8 @@ class Recorder(NoRecorder):
             self._spans.append(Span("host", doing, of_step, since, now))
         self._doing = name, step, now
 
-    def add(self, track: Track, name: str, step: int, begin: int, end: int) -> None:
-        self._spans.append(Span(track, name, step, begin, end))
+    def add(self, span: Span) -> None:
+        self._spans.append(span)
 
     def spans(self, rank: int) -> RankSpans:
         if self._doing is not None:  # what the host does now ends here, and goes on

@@ -28,7 +28,10 @@ from gllm_engine.types import Span
 _ENGINE_WORKS = {activity.PLAN, activity.DISPATCH, activity.COMMIT, activity.BETWEEN_STEPS}
 _RANK_WORKS = {activity.MOVE, activity.PREPARE, activity.LAUNCH, activity.SAMPLE, activity.SEND}
 _LAUNCHES = {activity.LAUNCH, activity.SAMPLE}
-_COMPUTES = {activity.COMPUTE, activity.SAMPLE}
+_COMPUTES = activity.COMPUTE, activity.SAMPLE
+_CLOCKS_NS = 100_000  # how far the clocks of two devices may be apart
+
+Step = tuple[tuple[int, ...], float]  # Span.work, seconds
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -98,6 +101,32 @@ def find_shares(
                 **{name: part / whole for name, part in parts.items()},
             )
         )
+    return found
+
+
+def stage_steps(
+    engine: Sequence[Span], ranks: Sequence[Sequence[Span]], stages: int
+) -> list[list[Step]]:
+    """The steps of each stage, on its first rank.
+
+    A step begins when it is planned, the stage has ended the step before, and its input is there:
+    activations, or the tokens of a step before. So what the hosts do then counts. The first few
+    steps are left out, and all that follow a step that computes nothing.
+    """
+    planned = {span.step: span.begin for span in engine if span.name == activity.DISPATCH}
+    firsts = ranks[:: len(ranks) // stages]
+    times = [_Spans(rank, (0, 1 << 63)).computed for rank in firsts]
+    found: list[list[Step]] = []
+    for stage, of_stage in enumerate(times):
+        works = {span.step: span.work for span in firsts[stage] if span.work}
+        before = times[stage - 1]  # of the first stage the last one, which samples
+        found.append([])
+        for step, (begin, end) in of_stage.items():
+            near = range(step - stages, step + 1)
+            if step - 1 in of_stage and before.keys() >= {*near}:
+                ready = [before[s][1] for s in near if before[s][1] < begin + _CLOCKS_NS]
+                since = min(begin, max(planned.get(step, 0), of_stage[step - 1][1], *ready))
+                found[-1].append((works[step], (end - since) / 1e9))
     return found
 
 

@@ -1,8 +1,9 @@
 """The spans of the engine and of all ranks on one clock, and the file they are written to.
 
 The file is a Chrome trace (JSON, which ui.perfetto.dev opens): a process per rank, a thread per
-track. Its "otherData" hold the summary. Ranks on one host share its monotonic clock. The clock of
-another host is aligned by the time of day, which is as exact as the hosts' agreement on it.
+track. Its "otherData" hold the summary, and what each stage's steps took. Ranks on one host share
+its monotonic clock. The clock of another host is aligned by the time of day, which is as exact as
+the hosts' agreement on it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import shown
 from gllm_engine.timeline import activity
 from gllm_engine.timeline.intervals import Interval
-from gllm_engine.timeline.shares import Summary, find_shares, host_shares
+from gllm_engine.timeline.shares import Summary, find_shares, host_shares, stage_steps
 from gllm_engine.types import RankSpans, Span
 
 _TRACKS = ("host", "results", "device")
@@ -75,6 +76,7 @@ class Timeline:
         self.missing = [rank for rank in range(config.num_ranks) if rank not in found]
         nothing = RankSpans(0, 0, 0, [])
         self._ranks = [found.get(rank, nothing) for rank in range(config.num_ranks)]
+        self._spans = [rank.spans for rank in self._ranks]
 
     def summary(self, period: Interval | None = None) -> Summary:
         """The shares of all devices and hosts over `period`, in nanoseconds of this host's
@@ -96,9 +98,8 @@ class Timeline:
         if begin >= end:
             return Summary([], {})
         whole = begin, end
-        ranks = [rank.spans for rank in self._ranks]
         hosts = {name: host_shares(spans, whole) for name, spans in self._processes().items()}
-        shares = find_shares(self._engine.spans, ranks, self._stages, whole)
+        shares = find_shares(self._engine.spans, self._spans, self._stages, whole)
         return Summary([share for share in shares if share.rank not in self.missing], hosts)
 
     def write(self, path: str) -> Summary:
@@ -109,7 +110,12 @@ class Timeline:
         trace: dict[str, Any] = {
             "traceEvents": list(self._events(origin)),
             "displayTimeUnit": "ms",
-            "otherData": {"clock": self._clock, "begin_ns": origin, "summary": summary},
+            "otherData": {
+                "clock": self._clock,
+                "begin_ns": origin,
+                "summary": summary,
+                "steps": stage_steps(self._engine.spans, self._spans, self._stages),
+            },
         }
         Path(path).write_bytes(msgspec.json.encode(trace))
         return summary
@@ -117,9 +123,9 @@ class Timeline:
     def _processes(self) -> dict[str, list[Span]]:
         """The spans of each process by its name."""
         processes = {"engine": self._engine.spans} if self._has_workers else {}
-        for rank, spans in enumerate(self._ranks):
+        for rank, spans in enumerate(self._spans):
             if rank not in self.missing:
-                processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans.spans
+                processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans
         return processes
 
     def _events(self, origin: int) -> Iterator[dict[str, Any] | _Complete]:
@@ -154,7 +160,7 @@ def _shifted(rank: RankSpans, wall_ns: int) -> RankSpans:
     """The spans of a rank of another host, on the engine's clock."""
     by = rank.wall_ns - wall_ns
     spans = [
-        Span(span.track, span.name, span.step, span.begin + by, span.end + by)
+        msgspec.structs.replace(span, begin=span.begin + by, end=span.end + by)
         for span in rank.spans
     ]
     return RankSpans(rank.rank, wall_ns, rank.complete_from + by, spans)

@@ -27,7 +27,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.parallel import Mesh, RankGroups, join_ranks, talk_through
 from gllm_engine.runner import LayerMove, PlanError, Runner, RunnerStep, default_threads
 from gllm_engine.timeline import OFF, NoRecorder, Recorder, activity
-from gllm_engine.types import StepPlan, StepResult
+from gllm_engine.types import Span, StepPlan, StepResult
 from gllm_engine.workers import channel
 from gllm_engine.workers.build_runner import device_of, load_runner
 from gllm_engine.workers.member import Member, add_options, in_a_line, number, run_member
@@ -205,7 +205,7 @@ class _Worker(Member):
                 began = time.monotonic_ns()
                 result: StepResult = step.wait()
                 ended = time.monotonic_ns()
-                recorder.add("results", activity.AWAIT_DEVICE, result.step, began, ended)
+                recorder.add(Span("results", activity.AWAIT_DEVICE, result.step, began, ended))
                 if ranks.reports:
                     socket.send_multipart(wire.encode(result))
                 elif ranks.tensor.rank == 0:

@@ -20,7 +20,6 @@ from gllm_benchmarks.simulate import (
     Roofline,
     Run,
     make_costs,
-    read_cost,
 )
 from gllm_benchmarks.workloads import lengths, poisson
 from gllm_engine import (
@@ -237,22 +236,6 @@ def test_roofline_by_hand() -> None:
     assert experts.seconds(Work(40, 0, 0, 1)) == 1 + 1  # all are
 
 
-def test_costs_from_a_file() -> None:
-    true = CostModel(2e-3, 30e-6, 1e-9, 20e-9, 3e-6)
-    work = [
-        Work.row(1000 * i, 1 + 37 * i % 700).plus(*[Work.row(50 * i, 1)] * (i % 13))
-        for i in range(60)
-    ]
-    steps = [each._asdict() | {"seconds": true.seconds(each)} for each in work]
-    fitted, given = read_cost(steps), read_cost(true._asdict())
-    for each in work:
-        assert given(each) == true.seconds(each)
-        assert fitted(each) == pytest.approx(true.seconds(each), rel=0.02)
-    for wrong in ({"steps": 1}, [{"tokens": 1}], 5, [3]):
-        with pytest.raises(ValueError, match="neither coefficients nor measured steps"):
-            read_cost(wrong)
-
-
 def arguments(tmp_path: Path, **given: Any) -> argparse.Namespace:
     values = {"steps": None, "model": None, "stage": [], "head": [], "pp": 4}
     values |= {"gpus_per_stage": 2, "bandwidth": 1e12, "flops": 1e15}
@@ -260,7 +243,8 @@ def arguments(tmp_path: Path, **given: Any) -> argparse.Namespace:
 
 
 def test_costs_of_a_shape(tmp_path: Path) -> None:
-    stage, head = make_costs(arguments(tmp_path, model=SHAPE))
+    (stage, *others), head = make_costs(arguments(tmp_path, model=SHAPE))
+    assert others == [stage] * 3
     arch = read_arch(SHAPE)
     inside = arch.num_params() - arch.vocab * arch.dim  # tied
     assert stage(Work(1, 0, 0, 1)) == pytest.approx(2 * inside / 4 / 2e12)
@@ -269,9 +253,11 @@ def test_costs_of_a_shape(tmp_path: Path) -> None:
     assert pages == pytest.approx(1000 * 28 * 8 * 128 * 2 * 2 / 4 / 2e12)
     assert head(Work(1, 0, 0, 1)) == pytest.approx(2 * arch.vocab * arch.dim / 2e12)
     path = tmp_path / "costs.json"
-    path.write_text(json.dumps({"stage": {"step": 1.0}, "head": {"step": 2.0}}))
-    stage, head = make_costs(arguments(tmp_path, steps=path))
-    assert (stage(Work(1, 1, 1, 1)), head(Work(1, 0, 0, 1))) == (1.0, 2.0)
+    steps = [[[n, 0, 0, n], 1.0 + n] for n in range(1, 9)]
+    path.write_text(json.dumps({"otherData": {"steps": [steps]}}))
+    (stage, *others), head = make_costs(arguments(tmp_path, steps=path))
+    assert stage(Work(7, 0, 0, 7)) == pytest.approx(8.0) and others == [stage] * 3
+    assert head(Work(1, 0, 0, 1)) == 0.0
 
 
 def test_the_command(

@@ -117,7 +117,7 @@ def recorded(steps: int, max_spans: int = 1000) -> Recorder:
         recorder.mark(activity.PLAN)
         recorder.mark(activity.AWAIT_RESULT)
         now = time.monotonic_ns()
-        recorder.add("device", activity.COMPUTE, step, now - 10, now)
+        recorder.add(device(activity.COMPUTE, step, now - 10, now))
         recorder.mark(activity.COMMIT, step)
     return recorder
 
@@ -134,7 +134,7 @@ def test_memory_is_bounded_and_a_summary_begins_where_all_is_kept() -> None:
 
 def test_nothing_is_recorded_when_it_is_off() -> None:
     OFF.mark(activity.PLAN)
-    OFF.add("device", activity.COMPUTE, 1, 2, 3)
+    OFF.add(device(activity.COMPUTE, 1, 2, 3))
     assert OFF.spans(0).spans == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from traced import SOON_S, WAIT_S
 
 from gllm_engine import LLM, EngineBroken, SamplingParams, wire, write_tiny_model
 from gllm_engine.workers import stage_balance
+from gllm_engine.workers.group import WorkerGroup
 from gllm_engine.workers.stage_balance import (
     LEAST_STEPS,
     RETRY_WINDOWS,
@@ -297,25 +299,50 @@ def test_layers_that_cannot_be_loaded_stay(
     assert "layers do not move any more" in caplog.text and "model.safetensors" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("rank", "told", "is_held_up"),
+    [(1, wire.MoveLayers, False), (0, wire.MoveLayers, True), (1, wire.LoadLayers, True)],
+)
 def test_a_rank_that_dies_in_the_middle_of_a_move_is_missed(
-    model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    told: type[Any],
+    is_held_up: bool,
 ) -> None:
+    """It dies before it gets the message; or it has it and holds up its neighbour, which waits for
+    the layers' K and V.
+    """
     with restless_layers(), LLM(str(model), **PIPE) as llm:
         assert tokens(llm) == expected
+        child = llm.engine._runner._meeting.children[rank]  # type: ignore[attr-defined]
         due = StageBalance.due
+        result_of = WorkerGroup.result_of
         died: list[float] = []
 
-        def die(balance: StageBalance) -> Any:
+        def die() -> None:
+            child.kill()
+            died.append(time.monotonic())
+
+        def stop(balance: StageBalance) -> Any:
             message = due(balance)
-            if isinstance(message, wire.MoveLayers) and not died:
-                llm.engine._runner._meeting.children[1].kill()  # type: ignore[attr-defined]
-                died.append(time.monotonic())
+            if isinstance(message, told) and not died:
+                if is_held_up:
+                    os.kill(child.pid, signal.SIGSTOP)
+                    monkeypatch.setattr(WorkerGroup, "result_of", wait)
+                else:
+                    die()
             return message
 
-        monkeypatch.setattr(StageBalance, "due", die)
-        with pytest.raises(EngineBroken, match=r"worker 1 \(node 0\) is lost"):
-            tokens(llm)
+        def wait(group: WorkerGroup, step: int) -> Any:
+            """All ranks have the message, and the others go on."""
+            if not died:
+                die()
+            return result_of(group, step)
+
+        monkeypatch.setattr(StageBalance, "due", stop)
+        with pytest.raises(EngineBroken, match=rf"worker {rank} \(node 0\) is lost"):
+            while True:
+                tokens(llm)
         assert time.monotonic() - died[0] < SOON_S
-        monkeypatch.undo()
-    with restless_layers() as cuts, LLM(str(model), **PIPE) as llm:
-        serve_until(llm, expected, lambda: len(set(cuts)) == 2)

@@ -22,25 +22,31 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def recorded(way: str, folder: Path) -> tuple[dict[str, Any], tuple[float, float], Any]:
-    """The trace of a group of ranks, the period of its second work and that period's summary."""
+def recorded(way: str, folder: Path) -> tuple[dict[str, Any], tuple[float, float], Any, int]:
+    """The trace of a group of ranks, the period of its second work, that period's summary, and
+    how many tokens are computed after the first step, which has all prompts of the first work.
+    """
     model = write_tiny_model(folder / "model", "Qwen3ForCausalLM", seed=3, num_hidden_layers=5)
     path = folder / "out.json"
     with LLM(str(model), **SMALL, **WAYS[way], timeline=str(path)) as llm:
         llm.generate(PROMPTS, GREEDY)
         begin = time.monotonic_ns()
-        llm.generate([f"{i} {prompt}" for i, prompt in enumerate(PROMPTS)], GREEDY)
+        outputs = llm.generate([f"{i} {prompt}" for i, prompt in enumerate(PROMPTS)], GREEDY)
         end = time.monotonic_ns()
         summary = llm.engine.timeline().summary((begin, end))
-        llm.generate(PROMPTS, GREEDY)  # a group that was asked goes on
+        again = llm.generate(PROMPTS, GREEDY)  # a group that was asked goes on
     trace = read_trace(path)
     origin = trace["otherData"]["begin_ns"]
-    return trace, ((begin - origin) / 1000, (end - origin) / 1000), summary
+    later = [*outputs, *again]
+    prompts = sum(len(one.prompt_token_ids) - one.num_cached_tokens for one in later)
+    # The last token of each output is sampled, not computed.
+    computed = prompts + 3 * len(PROMPTS) * (GREEDY.max_tokens - 1)
+    return trace, ((begin - origin) / 1000, (end - origin) / 1000), summary, computed
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks(way: str, tmp_path: Path) -> None:
-    trace, period, summary = recorded(way, tmp_path)
+    trace, period, summary, computed = recorded(way, tmp_path)
     found = tracks(trace)
     last = f"rank 1, stage {1 if way == 'pp2' else 0}"
     processes = ["engine", "rank 0, stage 0", last]
@@ -55,6 +61,13 @@ def test_two_ranks(way: str, tmp_path: Path) -> None:
         assert RANK_HOST <= {event["name"] for event in found[process, "host"]}
         assert {event["name"] for event in found[process, "results"]} == {activity.AWAIT_DEVICE}
         assert rank.busy > 0 and rank.steps >= 15  # the other rank may end its last step later
+    stages = trace["otherData"]["steps"]
+    assert len(stages) == (2 if way == "pp2" else 1)
+    works = [[work for work, _ in steps] for steps in stages]
+    assert works[0] in (works[-1], works[-1][:-1])  # the last rank alone is waited for
+    decodes = len(PROMPTS) if way == "tp2" else len(PROMPTS) // 2
+    assert sum(tokens for tokens, *_ in works[-1]) == computed - decodes * (len(stages) - 1)
+    assert all(seconds > 0 for steps in stages for _, seconds in steps)
     first, second = summary.shares
     if way == "tp2":
         assert first.bubble == second.bubble == 0
