@@ -23,6 +23,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.engine.image_memory import ImageMemory, ImageShare
 from gllm_engine.images import Prepared, PreparedVideo, can_decode, place, read_processor
 from gllm_engine.images.fetch import ImageSources
+from gllm_engine.images.spread import SpreadPool
 from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.text.image_parts import MediaKind, Video, not_taken, with_places
 from gllm_engine.text.tokenizer import Tokenizer
@@ -138,7 +139,7 @@ class ImageLoader:
             kind: ThreadPoolExecutor(FETCH_THREADS, f"fetch-{kind}") for kind in self._sources
         }
         self._preparing = {
-            kind: ThreadPoolExecutor(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
+            kind: SpreadPool(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
         }
 
     @property
@@ -191,7 +192,7 @@ class ImageLoader:
                 videos = self._processor.videos
                 assert videos is not None
                 return videos.prepare(content, number, max_tokens, is_over, part.reserve)
-            return self._processor.prepare(content, number)
+            return self._processor.prepare(content, number, self._preparing["image"])
 
         def read(source: Source) -> Prepared:
             with closing(ImageShare(share.memory, share)) as part:

@@ -139,7 +139,7 @@ def _check(file: ImageFile, data: bytes, max_pixels: int, name: str) -> None:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))

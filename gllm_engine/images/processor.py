@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
+from hashlib import sha256
 
-from gllm_engine.images.resize import BICUBIC, MAX_ASPECT, Rule
+from gllm_engine.images.resize import MAX_ASPECT, Rule
+from gllm_engine.images.spread import SpreadPool
 from gllm_engine.images.video import VideoProcessor
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
@@ -29,13 +30,17 @@ class ImageProcessor:
     max_pixels: int  # of a file's image, before it is resized
     videos: VideoProcessor | None = None  # None: the family takes none, or not here
 
-    def prepare(self, data: bytes, number: int = 1) -> PreparedImage:
+    def prepare(
+        self, data: bytes, number: int = 1, pool: SpreadPool | None = None
+    ) -> PreparedImage:
         """Decode and resize an image file. Errors call it image `number`.
 
-        Raises InvalidField for what is no image, is broken, animated, too large or too narrow.
+        `pool`: whose idle threads help. Raises InvalidField for what is no image, is broken,
+        animated, too large or too narrow.
         """
         try:
             from gllm_engine.images.decode import decode
+            from gllm_engine.images.pixels import resized
         except ModuleNotFoundError:
             raise InvalidField(
                 "image", "images need Pillow, which the extra 'images' of gllm-triton installs"
@@ -53,14 +58,15 @@ class ImageProcessor:
                 f"{size}, which take {rows} x {columns} tokens, at most {self.max_tokens} are "
                 "allowed",
             )
-        image = image.resize(fit.size[::-1], BICUBIC)
-        image = image.crop((fit.left, fit.top, fit.left + fit.width, fit.top + fit.height))
+        image = resized(image, fit.size[::-1], pool)
+        if fit.size != (fit.height, fit.width):
+            image = image.crop((fit.left, fit.top, fit.left + fit.width, fit.top + fit.height))
         pixels = image.tobytes()
         header = f"{type(self.rule).__name__} {fit.height} {fit.width} "
-        digest = blake2b(header.encode(), digest_size=16)
+        digest = sha256(header.encode())  # processors have instructions for it
         digest.update(pixels)
         return PreparedImage(
-            digest=digest.digest(),
+            digest=digest.digest()[:16],
             first=0,
             rows=rows,
             columns=columns,
