@@ -13,7 +13,6 @@ from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -192,10 +191,14 @@ class ImageLoader:
                 videos = self._processor.videos
                 assert videos is not None
                 return videos.prepare(content, number, max_tokens, is_over, part.reserve)
-            return self._processor.prepare(content, number, self._preparing["image"])
+            pool = self._preparing["image"]
+            return self._processor.prepare(content, number, pool, part.reserve)
 
         def read(source: Source) -> Prepared:
-            with closing(ImageShare(share.memory, share)) as part:
+            prepared: Prepared
+            part = ImageShare(share.memory, share)
+            kept = 0
+            try:
                 content = self._read(source, numbers[source], is_over, part.reserve)
                 if _is_remote(source):
                     # The thread waits, so that there are never more files than threads.
@@ -203,9 +206,11 @@ class ImageLoader:
                     prepared = pool.submit(prepare, source, content, part).result()
                 else:
                     prepared = prepare(source, content, part)
-            images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
+                images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
+                kept = sum(len(image.pixels) for image in images)
+            finally:
+                part.close(kept)
             sizes.append(sum(image.rows * image.columns for image in images))
-            share.reserve(sum(len(image.pixels) for image in images))
             check()
             return prepared
 

@@ -7,6 +7,8 @@ Pillow, so it is imported when an image is decoded.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from struct import unpack_from
 from time import thread_time
@@ -22,6 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from gllm_engine.files import shown
 from gllm_engine.images.resize import MAX_SIDE
+from gllm_engine.images.video import Reserve
 from gllm_engine.sampling import InvalidField
 
 # Each wrong entry of a file's directory has a text of its own, which Python would keep for ever.
@@ -48,6 +51,10 @@ MAX_TIFF_NUMBERS = 1 << 18  # two for each strip
 BYTE_KINDS = (1, 2, 6, 7)  # types of TIFF's values that are not turned into numbers one by one
 OPEN_S = 1.0  # a common file takes milliseconds
 DECODE_S_PER_PIXEL = 2e-7
+# Of memory for a pixel at most, measured with Pillow 13: with transparency, and for WEBP, whose
+# decoder keeps four images.
+DECODED_BYTES = 13
+WEBP_BYTES = 25
 
 
 class _Timed(BytesIO):
@@ -67,11 +74,14 @@ class _Timed(BytesIO):
         return super().read(size)
 
 
-def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.Image:
+def decode(
+    data: bytes, max_bytes: int, max_pixels: int, number: int, reserve: Reserve = lambda size: None
+) -> Image.Image:
     """The image in a file as an RGB image, upright by its EXIF orientation, on white.
 
     Colours are converted as transformers does. `number` names the image in errors. Sizes are
-    checked before pixels are decoded. Raises InvalidField.
+    checked, and memory is reserved, before pixels are decoded. Raises InvalidField, and what
+    `reserve` raises.
     """
     name = f"image {number}:"
     if len(data) > max_bytes:
@@ -85,22 +95,30 @@ def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.I
             f"{name} it is none of JPEG, PNG, WEBP, GIF, BMP and TIFF, it begins with "
             f"{shown(data[:16])}",
         )
-    try:
+    source = _Timed(data, name)
+    with _telling(name, kind):
         _check_header(data, kind, name)
-        source = _Timed(data, name)
-        with kind(source) as file:
-            _check(file, data, max_pixels, name)
-            source.seconds += file.width * file.height * DECODE_S_PER_PIXEL
-            file.load()  # EXIF may follow the pixels
-            if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
-                raise InvalidField(
-                    "image", f"{name} it has more than {MAX_EXIF_BYTES} bytes of EXIF"
-                )
-            ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
-            return _rgb(file)
+        file = kind(source)
+        _check(file, data, max_pixels, name)
+    pixels = file.width * file.height
+    reserve(pixels * (WEBP_BYTES if kind is WebPImageFile else DECODED_BYTES))
+    source.seconds += pixels * DECODE_S_PER_PIXEL
+    with _telling(name, kind), file:
+        file.load()  # EXIF may follow the pixels
+        if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
+            raise InvalidField("image", f"{name} it has more than {MAX_EXIF_BYTES} bytes of EXIF")
+        ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
+        return _rgb(file)
+
+
+@contextmanager
+def _telling(name: str, kind: type[ImageFile]) -> Iterator[None]:
+    """Raises InvalidField for any error, because Pillow raises any about a broken file."""
+    try:
+        yield
     except InvalidField:
         raise
-    except Exception as error:  # Pillow raises any error about a broken file
+    except Exception as error:
         raise InvalidField(
             "image", f"{name} it is a broken or truncated {kind.format} file ({shown(str(error))})"
         ) from None

@@ -96,7 +96,7 @@ class ImageSources:
         types = _TYPES[self._kind]
         if not re.fullmatch(rf"data:({types});base64", header, re.IGNORECASE):
             raise ValueError(f"{shown(header)} is not data:{self._kind}/...;base64")
-        size = len(text) // 4 * 3
+        size = len(text) // 4 * 3 - text[-2:].count("=")
         self._check_size(size)
         reserve(size)
         try:

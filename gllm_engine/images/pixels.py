@@ -15,18 +15,16 @@ from gllm_engine.images.spread import SpreadPool
 
 # The order of the passes is not documented. It is the one below in this version.
 VERSION = "13.0.0"
-BAND_PIXELS = 1 << 17  # the memory of a band stays in a processor's cache
+BAND = 64  # rows or columns: their memory stays in a processor's cache
 
 
 def resized(image: Image, size: tuple[int, int], pool: SpreadPool | None) -> Image:
     """An RGB image, resized to `size`: width, height. In bands if threads of the pool are idle:
     their copies cost a fifth more.
     """
-    few = image.width * image.height + size[0] * size[1] <= BAND_PIXELS
-    if few or pool is None or pool.idle < 1 or PIL.__version__ != VERSION:
+    if pool is None or pool.idle < 1 or PIL.__version__ != VERSION:
         return image.resize(size, BICUBIC)
-    height_lost = image.height - size[1]
-    columns_first = height_lost > max(0, 2 * (image.width - size[0]))
+    columns_first = image.height - size[1] > max(0, 2 * (image.width - size[0]))
     for axis in (1, 0) if columns_first else (0, 1):
         image = _stretched(image, axis, size[axis], pool)
     return image
@@ -34,19 +32,18 @@ def resized(image: Image, size: tuple[int, int], pool: SpreadPool | None) -> Ima
 
 def _stretched(image: Image, axis: int, length: int, pool: SpreadPool) -> Image:
     """After one pass. `axis`: 0 makes rows of `length` pixels, 1 columns."""
-
-    def size(along: int, across: int) -> tuple[int, int]:
-        return (across, along) if axis else (along, across)
-
-    before = image.size[axis]
-    breadth = image.size[1 - axis]
-    result = new("RGB", size(length, breadth))
-    step = max(1, BAND_PIXELS // max(length, before))
+    size = [*image.size]
+    size[axis] = length
+    result = new("RGB", size)
 
     def resize(start: int) -> None:
-        end = min(start + step, breadth)
-        band = image.crop((*size(0, start), *size(before, end)))
-        result.paste(band.resize(size(length, end - start), BICUBIC), size(0, start))
+        box = [0, 0, *image.size]
+        box[1 - axis] = start
+        box[3 - axis] = min(start + BAND, box[3 - axis])
+        left, top, right, bottom = box
+        size = [right - left, bottom - top]
+        size[axis] = length
+        result.paste(image.crop((left, top, right, bottom)).resize(size, BICUBIC), (left, top))
 
-    pool.spread(resize, range(0, breadth, step))
+    pool.spread(resize, range(0, size[1 - axis], BAND))
     return result

@@ -8,10 +8,12 @@ from hashlib import sha256
 
 from gllm_engine.images.resize import MAX_ASPECT, Rule
 from gllm_engine.images.spread import SpreadPool
-from gllm_engine.images.video import VideoProcessor
+from gllm_engine.images.video import Reserve, VideoProcessor
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
 
+# Of a pixel: resized along one side and along both, 4 each, then 3 twice, in pieces and joined.
+RESIZED_BYTES = 14
 PreparedImage = Image  # its place in a prompt, `first`, is 0 until it is placed
 
 
@@ -31,11 +33,16 @@ class ImageProcessor:
     videos: VideoProcessor | None = None  # None: the family takes none, or not here
 
     def prepare(
-        self, data: bytes, number: int = 1, pool: SpreadPool | None = None
+        self,
+        data: bytes,
+        number: int = 1,
+        pool: SpreadPool | None = None,
+        reserve: Reserve = lambda size: None,
     ) -> PreparedImage:
         """Decode and resize an image file. Errors call it image `number`.
 
-        `pool`: whose idle threads help. Raises InvalidField for what is no image, is broken,
+        `pool`: whose idle threads help. `reserve`: gets the number of bytes of memory before they
+        are taken. Raises what it raises, and InvalidField for what is no image, is broken,
         animated, too large or too narrow.
         """
         try:
@@ -45,7 +52,7 @@ class ImageProcessor:
             raise InvalidField(
                 "image", "images need Pillow, which the extra 'images' of gllm-triton installs"
             ) from None
-        image = decode(data, self.max_bytes, self.max_pixels, number)
+        image = decode(data, self.max_bytes, self.max_pixels, number, reserve)
         size = f"image {number}: it has {image.width} x {image.height} pixels"
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise InvalidField("image", f"{size}, one side is over {MAX_ASPECT} times the other")
@@ -58,6 +65,7 @@ class ImageProcessor:
                 f"{size}, which take {rows} x {columns} tokens, at most {self.max_tokens} are "
                 "allowed",
             )
+        reserve(RESIZED_BYTES * fit.size[0] * fit.size[1])
         image = resized(image, fit.size[::-1], pool)
         if fit.size != (fit.height, fit.width):
             image = image.crop((fit.left, fit.top, fit.left + fit.width, fit.top + fit.height))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
-
-_T = TypeVar("_T")
+from typing import Any
 
 
 class SpreadPool(ThreadPoolExecutor):
@@ -21,13 +19,13 @@ class SpreadPool(ThreadPoolExecutor):
         """Threads for which there is no task; below 0, tasks that no thread has."""
         return self._max_workers - len(self._tasks)
 
-    def submit(self, task: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        future = super().submit(task, *args, **kwargs)
+    def submit(self, *task: Any, **named: Any) -> Future[Any]:
+        future = super().submit(*task, **named)
         self._tasks.add(future)
         future.add_done_callback(self._tasks.discard)
         return future
 
-    def spread(self, work: Callable[[int], None], numbers: Iterable[int]) -> None:
+    def spread(self, work: Callable[[int], None], numbers: range) -> None:
         """Call `work` for each number, for a task of this pool: on its thread and on those that are
         idle. It waits for no thread that has another task.
 
@@ -39,7 +37,7 @@ class SpreadPool(ThreadPoolExecutor):
             for number in left:
                 work(number)
 
-        helpers = [self.submit(take) for _ in range(self.idle)]
+        helpers = [self.submit(take) for _ in range(min(self.idle, len(numbers) - 1))]
         try:
             take()
         finally:

@@ -27,7 +27,7 @@ def pool() -> Iterator[SpreadPool]:
 
 @pytest.fixture(autouse=True)
 def narrow_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "BAND_PIXELS", 500)
+    monkeypatch.setattr(pixels, "BAND", 7)
 
 
 @settings(max_examples=400, deadline=None)
