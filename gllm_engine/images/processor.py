@@ -12,8 +12,8 @@ from gllm_engine.images.video import Reserve, VideoProcessor
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
 
-# Of a pixel: resized along one side and along both, 4 each, then 3 twice, in pieces and joined.
-RESIZED_BYTES = 14
+# Of a resized pixel at most: 4 in Pillow's image, then 3 twice, in pieces and joined.
+RESIZED_BYTES = 10
 PreparedImage = Image  # its place in a prompt, `first`, is 0 until it is placed
 
 

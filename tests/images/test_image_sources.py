@@ -125,6 +125,28 @@ def test_a_data_url_needs_no_permission() -> None:
         ImageSources(kind="video").read(f"data:image/png;base64,{text}")
 
 
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("short", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_file_may_have_exactly_the_limit(
+    server: Server, tmp_path: Path, kind: str, short: int, more: int
+) -> None:
+    """Through every door, with each number of base64's padding."""
+    body = bytes(MIB + more) if more else bytes(MIB - short)
+    (tmp_path / "file").write_bytes(body)
+    server.answers["/"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    sources = ImageSources(("127.0.0.1",), str(tmp_path), kind=kind, max_mib=1)
+    data = f"data:{kind}/x;base64,{b64encode(body).decode()}"
+    for source in (data, server.url + "/", f"file://{tmp_path}/file"):
+        reserved: list[int] = []
+        if more:
+            with pytest.raises(InvalidField, match="than"):
+                sources.read(source, reserve=reserved.append)
+        else:
+            assert sources.read(source, reserve=reserved.append) == body
+            assert reserved == [len(body)]
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
