@@ -47,14 +47,9 @@ class ImageShare:
                 self._request._held += size
                 memory.held += size
 
-    def close(self, kept: int = 0) -> None:
-        """Give back what is counted here, but for `kept` bytes of a part: they are the request's
-        then. What parts hold is counted until they are closed.
-        """
+    def close(self) -> None:
+        """Give back what is counted here. What parts hold is counted until they are closed."""
         with self.memory.lock:
-            if not self._request._is_closed:
-                self._own -= kept
-                self._request._own += kept
             self._request._held -= self._own
             self.memory.held -= self._own
             self._own = 0

@@ -13,6 +13,7 @@ from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -101,17 +102,7 @@ class ImageLoader:
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Raises ConfigError or ArchError."""
-        self._processor = read_processor(
-            Path(config.model),
-            config.image_max_pixels,
-            max_mib=config.max_image_mib,
-            max_megapixels=config.max_image_megapixels,
-            tokenizer=Path(config.tokenizer) if config.tokenizer else None,
-            mib=config.max_video_mib,
-            megapixels=config.max_video_megapixels,
-            frames=config.max_video_frames,
-            seconds=config.video_decode_s,
-        )
+        self._processor = read_processor(Path(config.model), config)
         self._most = {"image": config.max_images, "video": config.max_videos}
         self._sources = {
             kind: ImageSources(
@@ -196,9 +187,7 @@ class ImageLoader:
 
         def read(source: Source) -> Prepared:
             prepared: Prepared
-            part = ImageShare(share.memory, share)
-            kept = 0
-            try:
+            with closing(ImageShare(share.memory, share)) as part:
                 content = self._read(source, numbers[source], is_over, part.reserve)
                 if _is_remote(source):
                     # The thread waits, so that there are never more files than threads.
@@ -207,9 +196,8 @@ class ImageLoader:
                 else:
                     prepared = prepare(source, content, part)
                 images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
-                kept = sum(len(image.pixels) for image in images)
-            finally:
-                part.close(kept)
+                # Before the part gives back its room, which others would take.
+                share.reserve(sum(len(image.pixels) for image in images))
             sizes.append(sum(image.rows * image.columns for image in images))
             check()
             return prepared

@@ -32,18 +32,14 @@ def resized(image: Image, size: tuple[int, int], pool: SpreadPool | None) -> Ima
 
 def _stretched(image: Image, axis: int, length: int, pool: SpreadPool) -> Image:
     """After one pass. `axis`: 0 makes rows of `length` pixels, 1 columns."""
-    size = [*image.size]
-    size[axis] = length
-    result = new("RGB", size)
+    result = new("RGB", (image.width, length) if axis else (length, image.height))
 
     def resize(start: int) -> None:
-        box = [0, 0, *image.size]
-        box[1 - axis] = start
-        box[3 - axis] = min(start + BAND, box[3 - axis])
-        left, top, right, bottom = box
-        size = [right - left, bottom - top]
-        size[axis] = length
-        result.paste(image.crop((left, top, right, bottom)).resize(size, BICUBIC), (left, top))
+        first = (start, 0) if axis else (0, start)
+        # What is outside of the image is black, and gets into no row or column of the result.
+        last = (start + BAND, image.height) if axis else (image.width, start + BAND)
+        band = image.crop((*first, *last))
+        result.paste(band.resize((BAND, length) if axis else (length, BAND), BICUBIC), first)
 
-    pool.spread(resize, range(0, size[1 - axis], BAND))
+    pool.spread(resize, range(0, image.size[1 - axis], BAND))
     return result

@@ -91,12 +91,8 @@ class ImageProcessor:
             return row * rows
         return [*[*row, self.breaks[0]] * (rows - 1), *row, self.breaks[1]]
 
-    def largest(self) -> tuple[int, int]:
-        """Height and width in pixels of a resized image with the most embeddings."""
-        return self.rule.largest()
-
     @cached_property
     def max_tokens(self) -> int:
         """The most placeholder tokens, so embeddings, of an image."""
-        height, width = self.largest()
+        height, width = self.rule.largest()
         return height * width // self.rule.factor**2

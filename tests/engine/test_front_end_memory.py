@@ -63,25 +63,6 @@ def test_what_is_reserved_is_given_back(fails: bool) -> None:
     assert memory.held == 10
 
 
-def test_what_a_part_keeps_is_never_uncounted() -> None:
-    """Others may not take its room before the request has it."""
-    memory = ImageMemory(100)
-    request = ImageShare(memory)
-    part = ImageShare(memory, request)
-    part.reserve(70)
-    part.close(60)
-    assert memory.held == 60
-    with pytest.raises(EngineUnavailable, match="60 bytes of images are held, and with the 50 "):
-        ImageShare(memory).reserve(50)
-    request.reserve(5)
-    late = ImageShare(memory, request)
-    late.reserve(20)
-    request.close()
-    assert memory.held == 20
-    late.close(10)  # nobody would give it back
-    assert memory.held == 0
-
-
 def test_without_a_bound_nothing_is_refused() -> None:
     memory = ImageMemory()
     for _ in range(2):

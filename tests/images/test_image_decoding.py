@@ -18,6 +18,7 @@ from pictures import checkpoint, encoded, noise
 from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
+from gllm_engine.config import EngineConfig
 from gllm_engine.images import read_processor
 from gllm_engine.images.decode import FORMATS, MAX_EXIF_BYTES, MAX_SCANS, _Timed, decode
 from gllm_engine.sampling import InvalidField
@@ -335,9 +336,9 @@ def broken(data: bytes, random: np.random.Generator) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(len(SEEDS)))
 def test_broken_files_give_an_image_or_an_error(tmp_path: Path, seed: int) -> None:
-    processor = read_processor(
-        checkpoint(tmp_path, "kimi_k25"), max_pixels=100_000, max_megapixels=4
-    )
+    path = checkpoint(tmp_path, "kimi_k25")
+    limits = {"image_max_pixels": 100_000, "max_image_megapixels": 4}
+    processor = read_processor(path, EngineConfig(model=str(path), **limits))
     random = np.random.default_rng(seed)
     outcomes = {True: 0, False: 0}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

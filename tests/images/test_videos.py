@@ -27,7 +27,7 @@ from msgspec.structs import replace as changed
 from pictures import checkpoint
 from PIL import Image as Picture
 
-from gllm_engine.config import ConfigError
+from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.images import PreparedVideo, place, read_processor, video
 from gllm_engine.images.video import Task, VideoProcessor
 from gllm_engine.images.video_rule import Spaced, Stamped
@@ -442,7 +442,9 @@ def test_checkpoints_say_how_they_want_videos(tmp_path: Path) -> None:
         '{"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "fps": 1.5, "max_frames": 40}'
     )
     path = checkpoint(tmp_path, "qwen3_vl", video_token_id=11)
-    found = read_processor(path, mib=2, megapixels=3, frames=20, seconds=4.0)
+    limits = {"max_video_mib": 2, "max_video_megapixels": 3, "max_video_frames": 20}
+    config = EngineConfig(model=str(path), **limits, video_decode_s=4.0)
+    found = read_processor(path, config)
     assert found is not None and found.videos is not None
     expected = changed(STAMPED, fps=1.5, max_frames=20, frame_most=found.videos.rule.frame_most)
     assert found.videos == VideoProcessor(expected, 11, (3, 5), 2 << 20, 3 * 10**6, 4.0)
@@ -459,7 +461,7 @@ def test_without_a_file_they_are_those_of_transformers(
     tmp_path: Path, model_type: str, rule: Any
 ) -> None:
     path = checkpoint(tmp_path, model_type, {"min_pixels": 3136, "max_pixels": 12845056})
-    found = read_processor(path, max_pixels=10**8)
+    found = read_processor(path, EngineConfig(model=str(path), image_max_pixels=10**8))
     assert found is not None and found.videos is not None
     assert found.videos.rule == rule
     assert (found.videos.placeholder, *found.videos.around) == (6, 3, 5)
