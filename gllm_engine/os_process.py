@@ -92,7 +92,7 @@ def end_with_any_thread() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process, a front end, as soon as its parent, tritonserver, has ended."""
+    """End this process, such as a front end, as soon as its parent has ended."""
     end_with(Process.of(os.getppid()))
 
 

@@ -102,18 +102,9 @@ class ImageLoader:
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Raises ConfigError or ArchError."""
-        self._processor = read_processor(Path(config.model), config)
+        self._processor = read_processor(config)
         self._most = {"image": config.max_images, "video": config.max_videos}
-        self._sources = {
-            kind: ImageSources(
-                config.allowed_media_hosts,
-                config.allowed_media_directory,
-                kind=kind,
-                max_mib=mib,
-                timeout_s=config.media_timeout_s,
-            )
-            for kind, mib in {"image": config.max_image_mib, "video": config.max_video_mib}.items()
-        }
+        self._sources = {kind: ImageSources(config, kind) for kind in self._most}
         self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._tokens: dict[MediaKind, str] = {}  # the placeholders' texts
         self.texts: dict[MediaKind, str] = {}
@@ -182,17 +173,15 @@ class ImageLoader:
                 videos = self._processor.videos
                 assert videos is not None
                 return videos.prepare(content, number, max_tokens, is_over, part.reserve)
-            pool = self._preparing["image"]
-            return self._processor.prepare(content, number, pool, part.reserve)
+            return self._processor.prepare(content, number, self._preparing["image"], part.reserve)
 
         def read(source: Source) -> Prepared:
-            prepared: Prepared
             with closing(ImageShare(share.memory, share)) as part:
                 content = self._read(source, numbers[source], is_over, part.reserve)
                 if _is_remote(source):
                     # The thread waits, so that there are never more files than threads.
                     pool = self._preparing[_kind(source)]
-                    prepared = pool.submit(prepare, source, content, part).result()
+                    prepared: Prepared = pool.submit(prepare, source, content, part).result()
                 else:
                     prepared = prepare(source, content, part)
                 images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]

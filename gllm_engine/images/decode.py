@@ -1,14 +1,12 @@
 """Decodes an image file, which is untrusted, to RGB.
 
-Only the decoders of the six formats below are reachable. This module is the one that imports
-Pillow, so it is imported when an image is decoded.
+Only the decoders of the six formats below are reachable. This module and pixels.py import Pillow,
+so they are imported when an image is decoded.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from struct import unpack_from
 from time import thread_time
@@ -95,30 +93,24 @@ def decode(
             f"{name} it is none of JPEG, PNG, WEBP, GIF, BMP and TIFF, it begins with "
             f"{shown(data[:16])}",
         )
-    source = _Timed(data, name)
-    with _telling(name, kind):
-        _check_header(data, kind, name)
-        file = kind(source)
-        _check(file, data, max_pixels, name)
-    pixels = file.width * file.height
-    reserve(pixels * (WEBP_BYTES if kind is WebPImageFile else DECODED_BYTES))
-    source.seconds += pixels * DECODE_S_PER_PIXEL
-    with _telling(name, kind), file:
-        file.load()  # EXIF may follow the pixels
-        if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
-            raise InvalidField("image", f"{name} it has more than {MAX_EXIF_BYTES} bytes of EXIF")
-        ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
-        return _rgb(file)
-
-
-@contextmanager
-def _telling(name: str, kind: type[ImageFile]) -> Iterator[None]:
-    """Raises InvalidField for any error, because Pillow raises any about a broken file."""
     try:
-        yield
-    except InvalidField:
-        raise
+        _check_header(data, kind, name)
+        source = _Timed(data, name)
+        with kind(source) as file:
+            _check(file, data, max_pixels, name)
+            pixels = file.width * file.height
+            reserve(pixels * (WEBP_BYTES if kind is WebPImageFile else DECODED_BYTES))
+            source.seconds += pixels * DECODE_S_PER_PIXEL
+            file.load()  # EXIF may follow the pixels
+            if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
+                raise InvalidField(
+                    "image", f"{name} it has more than {MAX_EXIF_BYTES} bytes of EXIF"
+                )
+            ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
+            return _rgb(file)
     except Exception as error:
+        if type(error).__module__.startswith("gllm_engine."):  # ours, not of a broken file
+            raise
         raise InvalidField(
             "image", f"{name} it is a broken or truncated {kind.format} file ({shown(str(error))})"
         ) from None

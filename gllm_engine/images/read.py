@@ -36,13 +36,11 @@ BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
 Values = dict[str, Any]
 
 
-def read_processor(path: Path, config: EngineConfig | None = None) -> ImageProcessor | None:
-    """The image processor of the checkpoint in directory `path`, None if it takes no images.
-
-    `config`: has the limits, and the tokenizer's directory. Raises ConfigError or ArchError with a
-    sentence for settings that are wrong or not supported.
+def read_processor(config: EngineConfig) -> ImageProcessor | None:
+    """The image processor of the configured model, None if it takes no images. Raises ConfigError
+    or ArchError with a sentence for settings that are wrong or not supported.
     """
-    config = config or EngineConfig(model=str(path))
+    path = Path(config.model)
     values = read_object(path / "config.json", ConfigError)
     read_rule = _RULES.get(str(values.get("model_type")))
     if read_rule is None or not isinstance(values.get("vision_config"), dict):

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import checkpoint, encoded, noise
+from pictures import checkpoint, encoded, noise, read
 from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
-from gllm_engine.config import EngineConfig
-from gllm_engine.images import read_processor
+from gllm_engine import EngineUnavailable
 from gllm_engine.images.decode import FORMATS, MAX_EXIF_BYTES, MAX_SCANS, _Timed, decode
 from gllm_engine.sampling import InvalidField
 
@@ -297,7 +296,7 @@ def test_truncated_files_are_refused(kind: str) -> None:
 
 
 def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch) -> None:
-    processor = read_processor(checkpoint(tmp_path, "qwen3_vl"))
+    processor = read(checkpoint(tmp_path, "qwen3_vl"))
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "gllm_engine.images.decode")
     with pytest.raises(InvalidField, match="images need Pillow, .* the extra 'images'"):
@@ -338,7 +337,7 @@ def broken(data: bytes, random: np.random.Generator) -> bytes:
 def test_broken_files_give_an_image_or_an_error(tmp_path: Path, seed: int) -> None:
     path = checkpoint(tmp_path, "kimi_k25")
     limits = {"image_max_pixels": 100_000, "max_image_megapixels": 4}
-    processor = read_processor(path, EngineConfig(model=str(path), **limits))
+    processor = read(path, **limits)
     random = np.random.default_rng(seed)
     outcomes = {True: 0, False: 0}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -414,15 +413,12 @@ def test_memory_of_decoding_is_reserved(
 
 
 def test_what_there_is_no_room_for_is_not_decoded() -> None:
-    class Refused(Exception):
-        pass
-
     def refuse(size: int) -> None:
         assert size == 13 * 64 * 64
-        raise Refused
+        raise EngineUnavailable
 
     data = encoded(noise(64, 64))
-    with pytest.raises(Refused):  # it is not a broken file
+    with pytest.raises(EngineUnavailable):  # it is not a broken file
         decode(data[: len(data) // 2], MEGA, MEGA, 1, refuse)
     with pytest.raises(InvalidField, match="pixels, at most 1000 and"):
         decode(data, MEGA, 1000, 1, refuse)

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import checkpoint, encoded, noise
+from pictures import checkpoint, encoded, noise, read
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gllm_engine.arch import ArchError, read_arch
-from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.images import ImageProcessor, PreparedImage, read_processor
+from gllm_engine.config import ConfigError
+from gllm_engine.images import ImageProcessor, PreparedImage
 from gllm_engine.images.resize import CenterCrop, Fit, LongestEdge, Padded, PixelRange, Rule
 from gllm_engine.sampling import InvalidField
 
@@ -34,7 +34,7 @@ MODES = ["RGB", "L", "P", "CMYK", "1", "YCbCr", "HSV", "LAB"]
 
 def processor(path: Path, model_type: str, preprocessor: object = None, **options: object):
     path = checkpoint(path, model_type, preprocessor)
-    found = read_processor(path, EngineConfig(model=str(path), **options))
+    found = read(path, **options)
     assert found is not None
     return found
 
@@ -223,9 +223,9 @@ def test_settings_may_be_in_the_combined_file(tmp_path: Path) -> None:
 
 
 def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
-    assert read_processor(checkpoint(tmp_path, "llama")) is None
-    assert read_processor(checkpoint(tmp_path, "qwen3_5", vision_config=None)) is None
-    assert read_processor(checkpoint(tmp_path, 3)) is None
+    assert read(checkpoint(tmp_path, "llama")) is None
+    assert read(checkpoint(tmp_path, "qwen3_5", vision_config=None)) is None
+    assert read(checkpoint(tmp_path, 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_settings_that_are_not_supported_are_refused(
 ) -> None:
     path = checkpoint(tmp_path, model_type, preprocessor, **config)
     with pytest.raises((ConfigError, ArchError), match=problem):
-        read_processor(path, EngineConfig(model=str(path), **options))
+        read(path, **options)
 
 
 @pytest.mark.parametrize("keys", [*permutations(["image_token_id", "image_token_index"])])
@@ -279,7 +279,7 @@ def test_the_engine_and_front_ends_read_the_same(
         config.pop(key, None)
     config |= dict(zip(keys, (20, 21), strict=True))
     (path / "config.json").write_text(json.dumps(config))
-    found = read_processor(path)
+    found = read(path)
     tower = read_arch(path).vision
     assert found is not None and tower is not None
     assert found.placeholder == tower.image_token in (20, 21)
@@ -297,7 +297,7 @@ def test_mistrals_breaks_come_from_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\[IMG_BREAK\], \[IMG_END\] is missing"):
         processor(tmp_path, "mistral3")
     llava = checkpoint(tmp_path / "other", "llava", vision_config={"model_type": "pixtral"})
-    assert read_processor(llava).rule == LongestEdge(16, 1024)
+    assert read(llava).rule == LongestEdge(16, 1024)
 
 
 # ---------------------------------------------------------------- preparing
