@@ -145,7 +145,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     task: dict[str, Any] = json.loads(sys.argv[1])
     try:
-        engine = Engine(make_config({"model": task["model"]} | task["config"]))
+        config = make_config({"model": task["model"]} | task["config"])
+        engine = Engine(config)
     except ValueError as error:  # of a configuration or a checkpoint, which the user gave
         raise SystemExit(str(error)) from None
     figures: dict[str, Any] = {
@@ -153,7 +154,7 @@ def main() -> None:
         "kv_tokens": engine.info.num_pages * engine.info.page_size,
     }
     print(f"ready: {figures}", flush=True)
-    processor = read_processor(Path(task["model"]))
+    processor = read_processor(config)
     for work in json.loads(Path(task["work"]).read_text()):
         name = work["name"]
         run(engine, work["warm_up"], processor)

@@ -6,6 +6,7 @@ This module knows pids and nothing of what a process does.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ import msgspec
 
 # A killed process usually ends at once; one in a call to a device may never end.
 KILLED_S = 5.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -52,8 +54,11 @@ class Process(msgspec.Struct, frozen=True):
 def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:
     """Call `last` and end this process as soon as `owner` has ended, whatever this process does.
 
-    A separate thread watches, because all other threads may be waiting for the dead process.
+    A separate thread watches, because all other threads may be waiting for the dead process. If
+    the owner is the parent, its end also wakes a process that is stopped.
     """
+    # It comes when the thread that has started this process ends, too: that does no harm.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
     def end() -> NoReturn:
         last()
@@ -87,7 +92,7 @@ def end_with_any_thread() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process, a front end, as soon as its parent, tritonserver, has ended."""
+    """End this process, such as a front end, as soon as its parent has ended."""
     end_with(Process.of(os.getppid()))
 
 

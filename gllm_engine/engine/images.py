@@ -23,6 +23,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.engine.image_memory import ImageMemory, ImageShare
 from gllm_engine.images import Prepared, PreparedVideo, can_decode, place, read_processor
 from gllm_engine.images.fetch import ImageSources
+from gllm_engine.images.spread import SpreadPool
 from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.text.image_parts import MediaKind, Video, not_taken, with_places
 from gllm_engine.text.tokenizer import Tokenizer
@@ -101,28 +102,9 @@ class ImageLoader:
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Raises ConfigError or ArchError."""
-        self._processor = read_processor(
-            Path(config.model),
-            config.image_max_pixels,
-            max_mib=config.max_image_mib,
-            max_megapixels=config.max_image_megapixels,
-            tokenizer=Path(config.tokenizer) if config.tokenizer else None,
-            mib=config.max_video_mib,
-            megapixels=config.max_video_megapixels,
-            frames=config.max_video_frames,
-            seconds=config.video_decode_s,
-        )
+        self._processor = read_processor(config)
         self._most = {"image": config.max_images, "video": config.max_videos}
-        self._sources = {
-            kind: ImageSources(
-                config.allowed_media_hosts,
-                config.allowed_media_directory,
-                kind=kind,
-                max_mib=mib,
-                timeout_s=config.media_timeout_s,
-            )
-            for kind, mib in {"image": config.max_image_mib, "video": config.max_video_mib}.items()
-        }
+        self._sources = {kind: ImageSources(config, kind) for kind in self._most}
         self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._tokens: dict[MediaKind, str] = {}  # the placeholders' texts
         self.texts: dict[MediaKind, str] = {}
@@ -138,7 +120,7 @@ class ImageLoader:
             kind: ThreadPoolExecutor(FETCH_THREADS, f"fetch-{kind}") for kind in self._sources
         }
         self._preparing = {
-            kind: ThreadPoolExecutor(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
+            kind: SpreadPool(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
         }
 
     @property
@@ -191,7 +173,7 @@ class ImageLoader:
                 videos = self._processor.videos
                 assert videos is not None
                 return videos.prepare(content, number, max_tokens, is_over, part.reserve)
-            return self._processor.prepare(content, number)
+            return self._processor.prepare(content, number, self._preparing["image"], part.reserve)
 
         def read(source: Source) -> Prepared:
             with closing(ImageShare(share.memory, share)) as part:
@@ -199,12 +181,13 @@ class ImageLoader:
                 if _is_remote(source):
                     # The thread waits, so that there are never more files than threads.
                     pool = self._preparing[_kind(source)]
-                    prepared = pool.submit(prepare, source, content, part).result()
+                    prepared: Prepared = pool.submit(prepare, source, content, part).result()
                 else:
                     prepared = prepare(source, content, part)
-            images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
+                images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
+                # Before the part gives back its room, which others would take.
+                share.reserve(sum(len(image.pixels) for image in images))
             sizes.append(sum(image.rows * image.columns for image in images))
-            share.reserve(sum(len(image.pixels) for image in images))
             check()
             return prepared
 

@@ -1,7 +1,7 @@
 """Decodes an image file, which is untrusted, to RGB.
 
-Only the decoders of the six formats below are reachable. This module is the one that imports
-Pillow, so it is imported when an image is decoded.
+Only the decoders of the six formats below are reachable. This module and pixels.py import Pillow,
+so they are imported when an image is decoded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from gllm_engine.files import shown
 from gllm_engine.images.resize import MAX_SIDE
+from gllm_engine.images.video import Reserve
 from gllm_engine.sampling import InvalidField
 
 # Each wrong entry of a file's directory has a text of its own, which Python would keep for ever.
@@ -48,6 +49,10 @@ MAX_TIFF_NUMBERS = 1 << 18  # two for each strip
 BYTE_KINDS = (1, 2, 6, 7)  # types of TIFF's values that are not turned into numbers one by one
 OPEN_S = 1.0  # a common file takes milliseconds
 DECODE_S_PER_PIXEL = 2e-7
+# Of memory for a pixel at most, measured with Pillow 13: with transparency, and for WEBP, whose
+# decoder keeps four images.
+DECODED_BYTES = 13
+WEBP_BYTES = 25
 
 
 class _Timed(BytesIO):
@@ -67,11 +72,14 @@ class _Timed(BytesIO):
         return super().read(size)
 
 
-def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.Image:
+def decode(
+    data: bytes, max_bytes: int, max_pixels: int, number: int, reserve: Reserve = lambda size: None
+) -> Image.Image:
     """The image in a file as an RGB image, upright by its EXIF orientation, on white.
 
     Colours are converted as transformers does. `number` names the image in errors. Sizes are
-    checked before pixels are decoded. Raises InvalidField.
+    checked, and memory is reserved, before pixels are decoded. Raises InvalidField, and what
+    `reserve` raises.
     """
     name = f"image {number}:"
     if len(data) > max_bytes:
@@ -90,7 +98,9 @@ def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.I
         source = _Timed(data, name)
         with kind(source) as file:
             _check(file, data, max_pixels, name)
-            source.seconds += file.width * file.height * DECODE_S_PER_PIXEL
+            pixels = file.width * file.height
+            reserve(pixels * (WEBP_BYTES if kind is WebPImageFile else DECODED_BYTES))
+            source.seconds += pixels * DECODE_S_PER_PIXEL
             file.load()  # EXIF may follow the pixels
             if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
                 raise InvalidField(
@@ -98,9 +108,9 @@ def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.I
                 )
             ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
             return _rgb(file)
-    except InvalidField:
-        raise
-    except Exception as error:  # Pillow raises any error about a broken file
+    except Exception as error:
+        if type(error).__module__.startswith("gllm_engine."):  # ours, not of a broken file
+            raise
         raise InvalidField(
             "image", f"{name} it is a broken or truncated {kind.format} file ({shown(str(error))})"
         ) from None
@@ -139,7 +149,7 @@ def _check(file: ImageFile, data: bytes, max_pixels: int, name: str) -> None:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))

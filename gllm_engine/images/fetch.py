@@ -14,7 +14,7 @@ import socket
 import ssl
 import string
 from base64 import b64decode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from ipaddress import ip_address, ip_network
@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
+from gllm_engine.config import EngineConfig
 from gllm_engine.files import open_file, read_opened, shown
 from gllm_engine.sampling import InvalidField
 
@@ -37,27 +38,19 @@ LOOK_S = 0.1  # between two looks whether anybody still waits
 class ImageSources:
     """Threads may share it."""
 
-    def __init__(
-        self,
-        allowed_media_hosts: Iterable[str] = (),
-        allowed_media_directory: str | None = None,
-        *,
-        kind: str = "image",
-        max_mib: int = 32,
-        timeout_s: float = 10.0,
-    ) -> None:
-        """`kind`: of what is read, "image" or "video". `timeout_s`: for one of these with its
-        redirects; the resolver of names has its own limit.
+    def __init__(self, config: EngineConfig, kind: str) -> None:
+        """`kind`: of what is read, "image" or "video".
 
-        A host that is an IP address may be a private one.
+        `config.media_timeout_s` is for one of these with its redirects; the resolver of names has
+        its own limit. A host that is an IP address may be a private one.
         """
-        self._hosts = frozenset(host.lower() for host in allowed_media_hosts)
-        self._directory = allowed_media_directory and Path(
-            os.path.realpath(allowed_media_directory)
-        )
+        self._hosts = frozenset(host.lower() for host in config.allowed_media_hosts)
+        directory = config.allowed_media_directory
+        self._directory = directory and Path(os.path.realpath(directory))
         self._kind = kind
-        self._max_bytes = max_mib << 20
-        self._timeout_s = timeout_s
+        most = {"image": config.max_image_mib, "video": config.max_video_mib}
+        self._max_bytes = most[kind] << 20
+        self._timeout_s = config.media_timeout_s
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -96,7 +89,7 @@ class ImageSources:
         types = _TYPES[self._kind]
         if not re.fullmatch(rf"data:({types});base64", header, re.IGNORECASE):
             raise ValueError(f"{shown(header)} is not data:{self._kind}/...;base64")
-        size = len(text) // 4 * 3
+        size = len(text) // 4 * 3 - text[-2:].count("=")
         self._check_size(size)
         reserve(size)
         try:

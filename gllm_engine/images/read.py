@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch import Vision, read_arch
-from gllm_engine.config import ConfigError
+from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object, shown
 from gllm_engine.images.processor import ImageProcessor
 from gllm_engine.images.resize import (
@@ -36,53 +36,33 @@ BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
 Values = dict[str, Any]
 
 
-def read_processor(
-    path: Path,
-    max_pixels: int | None = None,
-    *,
-    max_mib: int = 32,
-    max_megapixels: int = 100,
-    tokenizer: Path | None = None,
-    **video_limits: Any,
-) -> ImageProcessor | None:
-    """The image processor of the checkpoint in directory `path`, None if it takes no images.
-
-    `max_pixels` lowers the number of pixels to which images and frames are resized. `max_mib` and
-    `max_megapixels` limit files of images. `tokenizer`: its directory, if that is another one.
-    `video_limits`: those of VideoLimits. Raises ConfigError or ArchError with a sentence for
-    settings that are wrong or not supported.
+def read_processor(config: EngineConfig) -> ImageProcessor | None:
+    """The image processor of the configured model, None if it takes no images. Raises ConfigError
+    or ArchError with a sentence for settings that are wrong or not supported.
     """
-    config = read_object(path / "config.json", ConfigError)
-    read_rule = _RULES.get(str(config.get("model_type")))
-    if read_rule is None or not isinstance(config.get("vision_config"), dict):
+    path = Path(config.model)
+    values = read_object(path / "config.json", ConfigError)
+    read_rule = _RULES.get(str(values.get("model_type")))
+    if read_rule is None or not isinstance(values.get("vision_config"), dict):
         return None
     arch = read_arch(path)
     tower = arch.vision
     if tower is None:
         return None
     settings = _settings(path, "image")
-    checkpoint = _Checkpoint(path, config["vision_config"], tower, arch.vocab, settings, max_pixels)
+    most = config.image_max_pixels
+    checkpoint = _Checkpoint(path, values["vision_config"], tower, arch.vocab, settings, most)
     checkpoint.require(do_resize=True, resample=BICUBIC, height=None, width=None)
     rule = read_rule(checkpoint)
     breaks = isinstance(rule, LongestEdge)
     return ImageProcessor(
         rule=rule,
         placeholder=tower.image_token,
-        breaks=_breaks((tokenizer or path) / "tokenizer.json") if breaks else None,
-        max_bytes=max_mib << 20,
-        max_pixels=max_megapixels * 10**6,
-        videos=_videos(checkpoint, config, VideoLimits(**video_limits)),
+        breaks=_breaks(Path(config.tokenizer or path) / "tokenizer.json") if breaks else None,
+        max_bytes=config.max_image_mib << 20,
+        max_pixels=config.max_image_megapixels * 10**6,
+        videos=_videos(checkpoint, values, config),
     )
-
-
-@dataclass(frozen=True)
-class VideoLimits:
-    """The configuration's; see VideoProcessor."""
-
-    mib: int = 128
-    megapixels: int = 10
-    frames: int | None = None  # at most so many are taken of a video
-    seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -174,12 +154,12 @@ def _qwen(checkpoint: _Checkpoint, least: int, most: int) -> Rule:
     return PixelRange(factor, least, min(most, checkpoint.limit(max(least, factor**2))))
 
 
-def _videos(checkpoint: _Checkpoint, config: Values, limits: VideoLimits) -> VideoProcessor | None:
+def _videos(checkpoint: _Checkpoint, values: Values, config: EngineConfig) -> VideoProcessor | None:
     """The video processor; None for a family that takes no videos.
 
     Without ids in config.json, placeholders have those beside that of images.
     """
-    kind = _VIDEOS.get(config["model_type"])
+    kind = _VIDEOS.get(values["model_type"])
     if kind is None:
         return None
     tower = checkpoint.tower
@@ -189,20 +169,20 @@ def _videos(checkpoint: _Checkpoint, config: Values, limits: VideoLimits) -> Vid
     # The tower knows one mean and one deviation.
     same = {key: images[key] for key in ("image_mean", "image_std") if key in images}
     own.require(patch_size=tower.patch, merge_size=tower.merge, **same)
-    start = own.token(config, tower.image_token - 3, "vision_start_token_id")
-    end = own.token(config, tower.image_token - 2, "vision_end_token_id")
-    placeholder = own.token(config, tower.image_token + 1, "video_token_id")
+    start = own.token(values, tower.image_token - 3, "vision_start_token_id")
+    end = own.token(values, tower.image_token - 2, "vision_end_token_id")
+    placeholder = own.token(values, tower.image_token + 1, "video_token_id")
     if placeholder == tower.image_token:
         raise ConfigError(
             f"{own.path}: video_token_id: {placeholder} is the placeholder of images too"
         )
     return VideoProcessor(
-        rule=_video_rule(own, kind, limits.frames),
+        rule=_video_rule(own, kind, config.max_video_frames),
         placeholder=placeholder,
         around=(start, end),
-        max_bytes=limits.mib << 20,
-        max_pixels=limits.megapixels * 10**6,
-        seconds=limits.seconds,
+        max_bytes=config.max_video_mib << 20,
+        max_pixels=config.max_video_megapixels * 10**6,
+        seconds=config.video_decode_s,
     )
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from gllm_engine.images.resize import BICUBIC, MAX_ASPECT
 from gllm_engine.images.video import CODECS, MAX_FRAMES, Decoded, Task
-from gllm_engine.os_process import Process, end_with
+from gllm_engine.os_process import end_with_parent
 
 THREADS = 4
 MEMORY_LIMIT = 4 << 30  # bytes, with the libraries
@@ -40,7 +40,7 @@ class _Refused(Exception):
 
 
 def main() -> None:
-    end_with(Process.of(os.getppid()))
+    end_with_parent()
     task = json.decode(sys.argv[1], type=Task)
     os.nice(PRIORITY)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))

@@ -149,9 +149,9 @@ def test_an_image_is_decoded_once(front: Front, monkeypatch: pytest.MonkeyPatch)
     decoded = []
     prepare = ImageProcessor.prepare
 
-    def counting(self: ImageProcessor, data: bytes, number: int) -> Any:
+    def counting(self: ImageProcessor, data: bytes, number: int, *more: Any) -> Any:
         decoded.append(number)
-        return prepare(self, data, number)
+        return prepare(self, data, number, *more)
 
     monkeypatch.setattr(ImageProcessor, "prepare", counting)
     images = text(RED, WIDE, RED)
@@ -449,25 +449,26 @@ def unavailable(front: Front, given: InferenceRequest) -> str:
 
 
 def test_images_that_wait_are_bounded(full: Front) -> None:
-    """Their files, as given and decoded, and what those become: 3 bytes for each pixel."""
+    """Their files, as given and while they are decoded and resized."""
     held = full[0].image_memory.held
     file = RED + bytes(int(0.7 * ROOM))
     assert unavailable(full, request("a", image=text(file))) == (
         f"the queue is full: {held} bytes of images are held, and with the {len(file)} of this "
         f"prompt they would be more than {ROOM} (image_memory_gib)"
     )
-    wide = png(448, 448)
-    other = png(448, 448, "blue")
-    assert len(wide) < 0.01 * ROOM and 0.5 * ROOM < 3 * 448 * 448 < 0.58 * ROOM
-    assert len(submitted(full, request("a", image=text(wide)))) == 1
+    small = png(140, 140)
+    assert len(small) < 0.01 * ROOM
+    assert len(submitted(full, request("a", image=text(small)))) == 1
     full[1].submitted.clear()
-    named = f"with the {2 * 3 * 448 * 448 + len(wide) + len(other)} of this prompt"
-    assert named in unavailable(full, request("a", image=text(wide, other)))
+    for side, bytes_of_pixel in ((196, 13 + 10), (252, 13)):
+        image = png(side, side)
+        named = f"with the {bytes_of_pixel * side * side + len(image)} of this prompt"
+        assert named in unavailable(full, request("a", image=text(image)))
     spelled = base64.b64encode(bytes(int(0.3 * ROOM)))  # as long again while it is decoded
     named = f"with the {2 * len(spelled)} of this prompt"
     assert named in unavailable(full, request("a", image=text(spelled)))
     assert not full[1].submitted
-    assert len(submitted(full, request("a", image=text(wide)))) == 1  # nothing is left of them
+    assert len(submitted(full, request("a", image=text(small)))) == 1  # nothing is left of them
 
 
 def test_files_that_are_fetched_and_videos_that_are_decoded_are_bounded(

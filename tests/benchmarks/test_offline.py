@@ -25,7 +25,7 @@ from gllm_benchmarks.offline import (
 from gllm_benchmarks.ours import kind_of
 from gllm_benchmarks.served_model import read_vocab, write_tokenizer
 from gllm_benchmarks.workloads import IMAGE_TOKENS, Job, lengths, make_jobs, warm_up, with_images
-from gllm_engine import Tokenizer, write_tiny_model
+from gllm_engine import Tokenizer, make_config, write_tiny_model
 from gllm_engine.arch import read_arch
 from gllm_engine.images import read_processor
 
@@ -215,7 +215,7 @@ def test_a_made_up_tokenizer_knows_the_places_of_images(tmp_path: Path) -> None:
     place = "<|vision_start|><|image_pad|><|vision_end|>"
     assert tokenizer.encode(place) == [151652, 151655, 151653]
     assert tokenizer.decode([30, 31]) == " 1e 1f"
-    processor = read_processor(model)
+    processor = read_processor(make_config({"model": str(model)}))
     assert processor is not None and processor.placeholder == 151655
     fit = processor.rule.fit(1080, 1920)
     assert fit.height * fit.width // 28**2 == IMAGE_TOKENS

@@ -17,12 +17,14 @@ from PIL import Image
 
 from gllm_client.batch import OpenAIItem
 from gllm_client.local_answers import LocalAnswers
+from gllm_engine import ImageMemory, ImageShare
 from gllm_engine.engine import images as module
 from gllm_engine.engine import llm as llm_module
 from gllm_engine.engine.llm import LLM, LoadedPrompt, RequestFailed
 from gllm_engine.images import ImageProcessor, PreparedImage
 from gllm_engine.images.fetch import ImageSources
 from gllm_engine.images.resize import PixelRange
+from gllm_engine.images.spread import SpreadPool
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import InvalidField, SamplingParams
 from gllm_engine.types import Request
@@ -200,12 +202,12 @@ def test_few_prompts_are_loaded_ahead(seen: Seen, monkeypatch: pytest.MonkeyPatc
     ahead = []
     prepare = ImageProcessor.prepare
 
-    def counting(self: ImageProcessor, data: bytes, number: int = 1) -> Any:
+    def counting(self: ImageProcessor, data: bytes, number: int, *more: Any) -> Any:
         nonlocal loaded
         with lock:
             loaded += 1
             ahead.append(loaded - len(seen.requests))
-        return prepare(self, data, number)
+        return prepare(self, data, number, *more)
 
     monkeypatch.setattr(ImageProcessor, "prepare", counting)
     prompts = [{"prompt": "a", "images": [png()]} for _ in range(20)]
@@ -222,23 +224,32 @@ def test_loaded_prompts_say_what_they_are() -> None:
 def test_the_pixels_of_one_prompt_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the first image is slow."""
     loader = seen.llm.images
-    monkeypatch.setitem(loader._preparing, "image", ThreadPoolExecutor(4))
+    monkeypatch.setitem(loader._preparing, "image", SpreadPool(4))
     prepare = ImageProcessor.prepare
     begun = threading.Semaphore(0)
     numbers = []
 
-    def note(processor: ImageProcessor, data: bytes, number: int) -> PreparedImage:
+    def note(processor: ImageProcessor, data: bytes, number: int, *more: Any) -> PreparedImage:
         numbers.append(number)
         begun.release()
         if number == 1:
             for _ in range(4):
                 assert begun.acquire(timeout=10)
-        return prepare(processor, data, number)
+        return prepare(processor, data, number, *more)
 
     monkeypatch.setattr(ImageProcessor, "prepare", note)
     with pytest.raises(InvalidField, match="more than the 10 tokens of prompt and output"):
         loader.load([png(f"#0000{i:02x}") for i in range(60)], 10)  # of 4 tokens each
     assert len(numbers) <= 4 + 3
+
+
+def test_what_loading_leaves_counted_are_the_pixels(seen: Seen) -> None:
+    memory = ImageMemory(1 << 30)
+    share = ImageShare(memory)
+    found = seen.llm.images.load([png(f"#0000{i:02x}") for i in range(9)], 1000, share=share)
+    assert memory.held == sum(len(image.pixels) for image in found)
+    share.close()
+    assert memory.held == 0
 
 
 def test_fetched_files_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +264,8 @@ def test_fetched_files_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) 
         most.append(next(fetched) - len(done))
         return png()
 
-    def note(processor: ImageProcessor, data: bytes, number: int) -> PreparedImage:
-        found = prepare(processor, data, number)
+    def note(processor: ImageProcessor, data: bytes, number: int, *more: Any) -> PreparedImage:
+        found = prepare(processor, data, number, *more)
         done.append(number)
         return found
 

@@ -56,7 +56,7 @@ from gllm_engine.engine.attach import (
 )
 from gllm_engine.engine.null_runner import NullRunner, NullStep
 from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
-from gllm_engine.os_process import Process
+from gllm_engine.os_process import Process, wait_end
 from gllm_engine.sched import IntegrityError
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import Image, StepPlan
@@ -1023,6 +1023,38 @@ def test_a_dead_thread_ends_its_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=WAIT_S)
     assert done.returncode == 1 and b"ZeroDivisionError" in done.stderr
+
+
+def test_a_stopped_child_ends_with_its_parent() -> None:
+    """But not with the thread of it that has started the child."""
+    child = (
+        "import os, sys; from gllm_engine.os_process import Process, end_with\n"
+        "end_with(Process.of(os.getppid()), lambda: print('cleared', flush=True))\n"
+        "print(os.getpid(), flush=True); sys.stdin.read()"
+    )
+    parent = (
+        "import subprocess, sys, threading\n"
+        f"start = lambda: subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "thread = threading.Thread(target=start); thread.start(); thread.join()\n"
+        "print('joined', flush=True); threading.Event().wait()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", parent], **pipes) as started:
+        assert started.stdout is not None and started.stdin is not None
+        lines = [started.stdout.readline().strip() for _ in range(2)]
+        lines.remove(b"joined")
+        pidfd = os.pidfd_open(int(lines[0]))
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            stat = Path(f"/proc/{int(lines[0])}/stat")
+            until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+            started.kill()
+            assert started.stdout.readline() == b"cleared\n"
+            assert wait_end(pidfd, WAIT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
 
 
 def test_an_engine_that_cannot_be_got_back_is_counted(

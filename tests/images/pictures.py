@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from gllm_engine.arch.tiny import tiny_config
+from gllm_engine.config import EngineConfig
+from gllm_engine.images import ImageProcessor, read_processor
 
 # The model types: a family, and what real checkpoints have in the place of a tiny one's values.
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -47,6 +49,11 @@ def checkpoint(
     if settings is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path
+
+
+def read(path: Path, **options: Any) -> ImageProcessor | None:
+    """The image processor of a checkpoint, with options of EngineConfig."""
+    return read_processor(EngineConfig(model=str(path), **options))
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

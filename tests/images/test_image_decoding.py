@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import checkpoint, encoded, noise
+from pictures import checkpoint, encoded, noise, read
 from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
-from gllm_engine.images import read_processor
+from gllm_engine import EngineUnavailable
 from gllm_engine.images.decode import FORMATS, MAX_EXIF_BYTES, MAX_SCANS, _Timed, decode
 from gllm_engine.sampling import InvalidField
 
@@ -296,7 +296,7 @@ def test_truncated_files_are_refused(kind: str) -> None:
 
 
 def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch) -> None:
-    processor = read_processor(checkpoint(tmp_path, "qwen3_vl"))
+    processor = read(checkpoint(tmp_path, "qwen3_vl"))
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "gllm_engine.images.decode")
     with pytest.raises(InvalidField, match="images need Pillow, .* the extra 'images'"):
@@ -335,9 +335,9 @@ def broken(data: bytes, random: np.random.Generator) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(len(SEEDS)))
 def test_broken_files_give_an_image_or_an_error(tmp_path: Path, seed: int) -> None:
-    processor = read_processor(
-        checkpoint(tmp_path, "kimi_k25"), max_pixels=100_000, max_megapixels=4
-    )
+    path = checkpoint(tmp_path, "kimi_k25")
+    limits = {"image_max_pixels": 100_000, "max_image_megapixels": 4}
+    processor = read(path, **limits)
     random = np.random.default_rng(seed)
     outcomes = {True: 0, False: 0}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -366,3 +366,59 @@ def test_the_formats_are_those_that_errors_name() -> None:
         "TIFF",
         "TIFF",
     ]
+
+
+# ---------------------------------------------------------------- memory
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from gllm_engine.images import ImageProcessor
+from gllm_engine.images.resize import PixelRange
+
+def kilobytes(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
+few, many = (Path(name).read_bytes() for name in sys.argv[1:3])
+pixels = int(sys.argv[3])
+processor = ImageProcessor(PixelRange(28, pixels, pixels), 7, None, 1 << 30, 1 << 30)
+processor.prepare(few)
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+reserved = []
+processor.prepare(many, reserve=reserved.append)
+print(kilobytes("VmHWM") - before, sum(reserved) >> 10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options", "pixels"),
+    [
+        ("JPEG", "CMYK", {"progressive": True}, 1 << 18),
+        ("BMP", "RGB", {}, 1 << 23),
+        ("PNG", "RGBA", {"compress_level": 1}, 1 << 18),
+        ("WEBP", "RGBA", {"lossless": True, "quality": 0, "method": 0}, 1 << 18),
+    ],
+)
+def test_memory_of_decoding_is_reserved(
+    tmp_path: Path, kind: str, mode: str, options: dict[str, object], pixels: int
+) -> None:
+    files = [tmp_path / "few", tmp_path / "many"]
+    for file, side in zip(files, (28, 1400), strict=True):
+        file.write_bytes(encoded(noise(side, side, mode), kind, **options))
+    command = [sys.executable, "-c", PEAK, *map(str, files), str(pixels)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, reserved = map(int, done.stdout.split())
+    assert 0.6 * reserved < peak < 1.05 * reserved
+
+
+def test_what_there_is_no_room_for_is_not_decoded() -> None:
+    def refuse(size: int) -> None:
+        assert size == 13 * 64 * 64
+        raise EngineUnavailable
+
+    data = encoded(noise(64, 64))
+    with pytest.raises(EngineUnavailable):  # it is not a broken file
+        decode(data[: len(data) // 2], MEGA, MEGA, 1, refuse)
+    with pytest.raises(InvalidField, match="pixels, at most 1000 and"):
+        decode(data, MEGA, 1000, 1, refuse)

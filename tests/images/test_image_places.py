@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from pictures import checkpoint
+from pictures import checkpoint, read
 
-from gllm_engine.images import ImageProcessor, PreparedImage, place, read_processor
+from gllm_engine.images import ImageProcessor, PreparedImage, place
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
 
@@ -18,7 +18,7 @@ def prepared(rows: int, columns: int, stride: int, name: bytes = b"x") -> Prepar
 
 
 def reader(path: Path, model_type: str) -> ImageProcessor:
-    return read_processor(checkpoint(path, model_type))
+    return read(checkpoint(path, model_type))
 
 
 def test_a_placeholder_becomes_a_token_for_each_embedding(tmp_path: Path) -> None:

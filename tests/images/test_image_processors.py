@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import checkpoint, encoded, noise
+from pictures import checkpoint, encoded, noise, read
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from gllm_engine.arch import ArchError, read_arch
 from gllm_engine.config import ConfigError
-from gllm_engine.images import ImageProcessor, PreparedImage, read_processor
+from gllm_engine.images import ImageProcessor, PreparedImage
 from gllm_engine.images.resize import CenterCrop, Fit, LongestEdge, Padded, PixelRange, Rule
 from gllm_engine.sampling import InvalidField
 
@@ -33,7 +33,8 @@ MODES = ["RGB", "L", "P", "CMYK", "1", "YCbCr", "HSV", "LAB"]
 
 
 def processor(path: Path, model_type: str, preprocessor: object = None, **options: object):
-    found = read_processor(checkpoint(path, model_type, preprocessor), **options)
+    path = checkpoint(path, model_type, preprocessor)
+    found = read(path, **options)
     assert found is not None
     return found
 
@@ -191,21 +192,21 @@ def test_the_largest_is_of_whole_embeddings_and_close(rule: Rule) -> None:
 def test_published_settings_have_their_known_maxima(tmp_path: Path) -> None:
     published = {"min_pixels": 3136, "max_pixels": 12845056}
     qwen = processor(tmp_path, "qwen2_5_vl", published)
-    assert qwen.largest() == (3584, 3584)
+    assert qwen.rule.largest() == (3584, 3584)
     assert qwen.max_tokens == 16384
-    lowered = processor(tmp_path, "qwen2_5_vl", published, max_pixels=802_816)
-    assert lowered.largest() == (896, 896)
+    lowered = processor(tmp_path, "qwen2_5_vl", published, image_max_pixels=802_816)
+    assert lowered.rule.largest() == (896, 896)
     mistral = processor(tmp_path, "mistral3", {"size": {"longest_edge": 1540}})
     assert mistral.max_tokens == 55 * 55
     assert len(mistral.tokens(55, 55)) == 55 * 56
-    lowered = processor(tmp_path, "mistral3", {}, max_pixels=200_000)
-    assert lowered.largest() == (420, 420)
+    lowered = processor(tmp_path, "mistral3", {}, image_max_pixels=200_000)
+    assert lowered.rule.largest() == (420, 420)
     kimi = {"media_proc_cfg": {"in_patch_limit": 16384, "patch_limit_on_one_side": 512}}
     kimi = processor(tmp_path, "kimi_k25", kimi)
     assert kimi.max_tokens == 248 * 18  # of an image of 503 x 7292 pixels
     assert kimi.rule.fit(7292, 503) == Fit((6918, 477), 248 * 28, 18 * 28)
     assert kimi == processor(tmp_path, "kimi_k25", {"size": {"max_height": 512, "max_width": 512}})
-    lowered = processor(tmp_path, "kimi_k25", {}, max_pixels=200_000)
+    lowered = processor(tmp_path, "kimi_k25", {}, image_max_pixels=200_000)
     assert lowered.rule == Padded(28, 14, 1020, 512)
     (tmp_path / "preprocessor_config.json").unlink()
     assert processor(tmp_path, "llava").max_tokens == 576
@@ -222,9 +223,9 @@ def test_settings_may_be_in_the_combined_file(tmp_path: Path) -> None:
 
 
 def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
-    assert read_processor(checkpoint(tmp_path, "llama")) is None
-    assert read_processor(checkpoint(tmp_path, "qwen3_5", vision_config=None)) is None
-    assert read_processor(checkpoint(tmp_path, 3)) is None
+    assert read(checkpoint(tmp_path, "llama")) is None
+    assert read(checkpoint(tmp_path, "qwen3_5", vision_config=None)) is None
+    assert read(checkpoint(tmp_path, 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -243,10 +244,16 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
         ("qwen3_vl", {"min_pixels": 9e9}, {}, {}, "min_pixels: 9000000000.0 is outside"),
         ("qwen3_vl", {}, {"image_token_id": "x"}, {}, "image_token_id is 'x', but only"),
         ("qwen3_vl", {}, {"vision": {"patch_size": [14, 16]}}, {}, "patch_size is .14, 16., but"),
-        ("qwen3_vl", {}, {}, {"max_pixels": 65535}, "image_max_pixels: 65535 is below 65536"),
-        ("llava", {}, {}, {"max_pixels": 112_895}, "image_max_pixels: 112895 is below 112896"),
-        ("kimi_k25", {}, {}, {"max_pixels": 783}, "image_max_pixels: 783 is below 784"),
-        ("mistral3", {}, {}, {"max_pixels": 783}, "image_max_pixels: 783 is below 784"),
+        ("qwen3_vl", {}, {}, {"image_max_pixels": 65535}, "image_max_pixels: 65535 is below 65536"),
+        (
+            "llava",
+            {},
+            {},
+            {"image_max_pixels": 112_895},
+            "image_max_pixels: 112895 is below 112896",
+        ),
+        ("kimi_k25", {}, {}, {"image_max_pixels": 783}, "image_max_pixels: 783 is below 784"),
+        ("mistral3", {}, {}, {"image_max_pixels": 783}, "image_max_pixels: 783 is below 784"),
         ("llava", {"do_pad": True}, {}, {}, "do_pad: True is not supported"),
         ("llava", {"do_center_crop": False}, {}, {}, "do_center_crop: False is not supported"),
         ("llava", {"crop_size": 224}, {}, {}, "crop_size: 224 is not the 336 of the tower"),
@@ -257,7 +264,7 @@ def test_settings_that_are_not_supported_are_refused(
 ) -> None:
     path = checkpoint(tmp_path, model_type, preprocessor, **config)
     with pytest.raises((ConfigError, ArchError), match=problem):
-        read_processor(path, **options)
+        read(path, **options)
 
 
 @pytest.mark.parametrize("keys", [*permutations(["image_token_id", "image_token_index"])])
@@ -272,7 +279,7 @@ def test_the_engine_and_front_ends_read_the_same(
         config.pop(key, None)
     config |= dict(zip(keys, (20, 21), strict=True))
     (path / "config.json").write_text(json.dumps(config))
-    found = read_processor(path)
+    found = read(path)
     tower = read_arch(path).vision
     assert found is not None and tower is not None
     assert found.placeholder == tower.image_token in (20, 21)
@@ -284,13 +291,13 @@ def test_mistrals_breaks_come_from_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     added = [{"content": name, "id": i} for i, name in enumerate(("[IMG_END]", "x", "[IMG_BREAK]"))]
     (tmp_path / "other/tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    found = processor(tmp_path, "mistral3", tokenizer=tmp_path / "other")
+    found = processor(tmp_path, "mistral3", tokenizer=str(tmp_path / "other"))
     assert found.breaks == (2, 0)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added[:1]}))
     with pytest.raises(ConfigError, match=r"\[IMG_BREAK\], \[IMG_END\] is missing"):
         processor(tmp_path, "mistral3")
     llava = checkpoint(tmp_path / "other", "llava", vision_config={"model_type": "pixtral"})
-    assert read_processor(llava).rule == LongestEdge(16, 1024)
+    assert read(llava).rule == LongestEdge(16, 1024)
 
 
 # ---------------------------------------------------------------- preparing
@@ -298,7 +305,7 @@ def test_mistrals_breaks_come_from_the_tokenizer(tmp_path: Path) -> None:
 
 @pytest.fixture
 def qwen(tmp_path: Path) -> ImageProcessor:
-    return processor(tmp_path, "qwen2_5_vl", max_mib=1, max_megapixels=2)
+    return processor(tmp_path, "qwen2_5_vl", max_image_mib=1, max_image_megapixels=2)
 
 
 def test_the_digest_is_of_pixels_and_size(qwen: ImageProcessor) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from pictures import encoded, noise
 
+from gllm_engine.config import EngineConfig
 from gllm_engine.images import fetch
 from gllm_engine.images.fetch import ImageSources, is_public
 from gllm_engine.sampling import InvalidField
@@ -100,8 +101,22 @@ def server():
         yield found
 
 
+def sources_of(
+    hosts: tuple[str, ...] = (),
+    directory: str | None = None,
+    kind: str = "image",
+    max_mib: int = 32,
+    timeout_s: float = 10.0,
+) -> ImageSources:
+    limits = {"max_image_mib": max_mib, "max_video_mib": max_mib, "media_timeout_s": timeout_s}
+    config = EngineConfig(
+        model="", allowed_media_hosts=hosts, allowed_media_directory=directory, **limits
+    )
+    return ImageSources(config, kind)
+
+
 def local(**options: object) -> ImageSources:
-    return ImageSources(("127.0.0.1",), max_mib=1, **options)
+    return sources_of(("127.0.0.1",), max_mib=1, **options)
 
 
 def refused(sources: ImageSources, source: str) -> str:
@@ -117,12 +132,34 @@ def refused(sources: ImageSources, source: str) -> str:
 def test_a_data_url_needs_no_permission() -> None:
     text = b64encode(PICTURE).decode()
     for kind in ("image/png", "IMAGE/svg+xml", "image/x-y.z"):
-        assert ImageSources().read(f"data:{kind};base64,{text}") == PICTURE
+        assert sources_of().read(f"data:{kind};base64,{text}") == PICTURE
     for kind in ("video/mp4", "image/gif"):  # a GIF is a video too
-        found = ImageSources(kind="video").read(f"data:{kind};base64,{text}")
+        found = sources_of(kind="video").read(f"data:{kind};base64,{text}")
         assert found == PICTURE
     with pytest.raises(InvalidField, match="^video: video 1: data:image/png;base64 is not"):
-        ImageSources(kind="video").read(f"data:image/png;base64,{text}")
+        sources_of(kind="video").read(f"data:image/png;base64,{text}")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("short", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_file_may_have_exactly_the_limit(
+    server: Server, tmp_path: Path, kind: str, short: int, more: int
+) -> None:
+    """Through every door, with each number of base64's padding."""
+    body = bytes(MIB + more) if more else bytes(MIB - short)
+    (tmp_path / "file").write_bytes(body)
+    server.answers["/"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    sources = sources_of(("127.0.0.1",), str(tmp_path), kind=kind, max_mib=1)
+    data = f"data:{kind}/x;base64,{b64encode(body).decode()}"
+    for source in (data, server.url + "/", f"file://{tmp_path}/file"):
+        reserved: list[int] = []
+        if more:
+            with pytest.raises(InvalidField, match="than"):
+                sources.read(source, reserve=reserved.append)
+        else:
+            assert sources.read(source, reserve=reserved.append) == body
+            assert reserved == [len(body)]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +202,7 @@ def test_files_are_read_in_the_allowed_directory(tmp_path: Path) -> None:
     (allowed / "link.png").symlink_to(allowed / "in ner/a.png")
     (tmp_path / "elsewhere").symlink_to(allowed)
     for directory in (allowed, tmp_path / "elsewhere"):
-        sources = ImageSources((), str(directory))
+        sources = sources_of((), str(directory))
         assert sources.read(f"file://{directory}/in%20ner/a.png") == PICTURE
         assert sources.read(f"file://localhost{directory}/link.png") == PICTURE
 
@@ -183,7 +220,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (allowed / "empty").touch()
     (tmp_path / "allowed2").mkdir()
     (tmp_path / "allowed2/x").write_bytes(PICTURE)
-    sources = ImageSources((), str(allowed), max_mib=1)
+    sources = sources_of((), str(allowed), max_mib=1)
     outside = "is not in allowed_media_directory"
     for path, problem in {
         f"{allowed}/out": outside,
@@ -205,7 +242,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         f"{allowed}/a%00b": "null byte",
     }.items():
         assert problem in refused(sources, f"file://{path}"), path
-    problem = refused(ImageSources(), f"file://{secret}")
+    problem = refused(sources_of(), f"file://{secret}")
     assert "files are not allowed without allowed_media_directory" in problem
 
 
@@ -250,7 +287,7 @@ def test_redirects_are_followed_and_counted(server: Server) -> None:
 
 def test_each_redirect_is_checked(server: Server) -> None:
     """Also one to a name that is allowed and leads to a private address."""
-    sources = ImageSources(("127.0.0.1", "localhost"), "/", timeout_s=5)
+    sources = sources_of(("127.0.0.1", "localhost"), "/", timeout_s=5)
     for target, problem in {
         f"http://localhost:{server.port}/": "the host localhost has an address that is not public",
         "http://169.254.169.254/latest/meta-data": "is not at one of allowed_media_hosts",
@@ -294,7 +331,7 @@ def test_addresses_that_are_not_public_are_refused(monkeypatch, address: str) ->
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     found = [(socket.AF_INET, 1, 6, "", ("93.184.215.14", 80)), (family, 1, 6, "", (address, 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    problem = refused(ImageSources(("images.example",)), "http://images.example/")
+    problem = refused(sources_of(("images.example",)), "http://images.example/")
     assert "the host images.example has an address that is not public" in problem
 
 
@@ -320,7 +357,7 @@ def test_a_name_is_resolved_once(server: Server, monkeypatch) -> None:
     names: list[str] = []
     resolve_to_here(monkeypatch, names)
     server.answer("/", PICTURE)
-    sources = ImageSources(("Images.Example",))
+    sources = sources_of(("Images.Example",))
     assert sources.read(f"http://images.example:{server.port}") == PICTURE
     assert names == ["images.example"]
     assert f"\r\nHost: images.example:{server.port}\r\n" in server.seen[0]
@@ -341,9 +378,9 @@ def test_certificates_are_checked(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(fetch, "_address", lambda host, port: "127.0.0.1")
         url = f"https://images.example:{server.port}/"
         hosts = ("images.example", "other.example")
-        assert "CERTIFICATE_VERIFY_FAILED" in refused(ImageSources(hosts), url)
+        assert "CERTIFICATE_VERIFY_FAILED" in refused(sources_of(hosts), url)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        sources = ImageSources(hosts)
+        sources = sources_of(hosts)
         assert sources.read(url) == PICTURE
         problem = refused(sources, url.replace("images.", "other."))
         assert "CERTIFICATE_VERIFY_FAILED" in problem
@@ -427,7 +464,7 @@ def test_memory_is_reserved_before_it_is_taken(server: Server, tmp_path: Path) -
         reserved.append(size)
         raise RuntimeError("there is no room")
 
-    sources = ImageSources(("127.0.0.1",), str(tmp_path), max_mib=1)
+    sources = sources_of(("127.0.0.1",), str(tmp_path), max_mib=1)
     data = f"data:image/png;base64,{b64encode(bytes(60)).decode()}"
     for source in (
         f"{server.url}/told",

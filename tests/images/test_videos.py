@@ -24,11 +24,11 @@ import torch
 from clips import clip, transformers_processor
 from msgspec import json
 from msgspec.structs import replace as changed
-from pictures import checkpoint
+from pictures import checkpoint, read
 from PIL import Image as Picture
 
 from gllm_engine.config import ConfigError
-from gllm_engine.images import PreparedVideo, place, read_processor, video
+from gllm_engine.images import PreparedVideo, place, video
 from gllm_engine.images.video import Task, VideoProcessor
 from gllm_engine.images.video_rule import Spaced, Stamped
 from gllm_engine.sampling import InvalidField
@@ -442,7 +442,8 @@ def test_checkpoints_say_how_they_want_videos(tmp_path: Path) -> None:
         '{"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "fps": 1.5, "max_frames": 40}'
     )
     path = checkpoint(tmp_path, "qwen3_vl", video_token_id=11)
-    found = read_processor(path, mib=2, megapixels=3, frames=20, seconds=4.0)
+    limits = {"max_video_mib": 2, "max_video_megapixels": 3, "max_video_frames": 20}
+    found = read(path, **limits, video_decode_s=4.0)
     assert found is not None and found.videos is not None
     expected = changed(STAMPED, fps=1.5, max_frames=20, frame_most=found.videos.rule.frame_most)
     assert found.videos == VideoProcessor(expected, 11, (3, 5), 2 << 20, 3 * 10**6, 4.0)
@@ -459,7 +460,7 @@ def test_without_a_file_they_are_those_of_transformers(
     tmp_path: Path, model_type: str, rule: Any
 ) -> None:
     path = checkpoint(tmp_path, model_type, {"min_pixels": 3136, "max_pixels": 12845056})
-    found = read_processor(path, max_pixels=10**8)
+    found = read(path, image_max_pixels=10**8)
     assert found is not None and found.videos is not None
     assert found.videos.rule == rule
     assert (found.videos.placeholder, *found.videos.around) == (6, 3, 5)
@@ -478,11 +479,11 @@ def test_placeholders_are_tokens_of_their_own(
     tmp_path: Path, key: str, id: int, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        read_processor(checkpoint(tmp_path, "qwen3_vl", **{key: id}))
+        read(checkpoint(tmp_path, "qwen3_vl", **{key: id}))
 
 
 def test_other_families_take_none(tmp_path: Path) -> None:
-    found = read_processor(checkpoint(tmp_path, "llava"))
+    found = read(checkpoint(tmp_path, "llava"))
     assert found is not None and found.videos is None
 
 
@@ -500,7 +501,7 @@ def test_settings_that_are_not_supported(tmp_path: Path, settings: str, sentence
     (tmp_path / "video_preprocessor_config.json").write_text(settings)
     path = checkpoint(tmp_path, "qwen3_vl", {"image_mean": [0.5, 0.5, 0.5]})
     with pytest.raises(ConfigError, match=sentence):
-        read_processor(path)
+        read(path)
 
 
 # ---------------------------------------------------------------- places
@@ -512,7 +513,7 @@ def moment(name: bytes, time: int | None = None) -> Image:
 
 def test_places_of_videos(tmp_path: Path) -> None:
     """Times are texts, in the tokens of the placeholder or without them; images go their way."""
-    found = read_processor(
+    found = read(
         checkpoint(
             tmp_path,
             "qwen3_vl",
