@@ -25,7 +25,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks.record import Figures, make_parser, print_table, record
+from gllm_benchmarks.record import Figures, Problem, make_parser, print_table, record
 from gllm_benchmarks.served_model import MODEL, await_ready, serve_command, write_repository
 from gllm_client import GenerateError, SyncClient
 from gllm_client.supervisor import find_stubs
@@ -58,10 +58,6 @@ _HOLD = """\
 mount -t tmpfs -o size="$0" tmpfs /dev/shm && mount -t tmpfs -o size="$1" tmpfs "$2" &&
 echo held && exec sleep infinity
 """
-
-
-class FaultsError(RuntimeError):
-    """This machine cannot run the faults, or a server does not answer; the message says why."""
 
 
 class Stream(threading.Thread):
@@ -211,7 +207,7 @@ class Site:
         assert holder.stdout is not None
         told = holder.stdout.readline()
         if told != "held\n":
-            raise FaultsError(f"no mount namespace can be made here: {told}")
+            raise Problem(f"no mount namespace can be made here: {told}")
         return holder
 
     def _start(self, repository: Path) -> subprocess.Popen[bytes]:
@@ -340,7 +336,7 @@ def observe(fault: str, ranks: str) -> Figures:
     crowded = fault == CROWD
     with Site(RANKS[ranks], FEW_FILES if crowded else "unlimited") as site:
         if not site.answers():
-            raise FaultsError("the server does not answer although it is ready")
+            raise Problem("the server does not answer although it is ready")
         streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
         if not crowded:
             _await(lambda: all(s.num_tokens or s.outcome for s in streams), PATIENCE_S)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.openai_api import OpenAIClient, Response
-from gllm_benchmarks.record import told
+from gllm_benchmarks.record import Problem, told
 from gllm_benchmarks.workloads import Job
 from gllm_client import Client, GenerateError
 
@@ -113,7 +113,7 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
             stack.callback(process.kill)
         for process in processes:
             if process.stdout is None or process.stdout.readline() != "ready\n":
-                raise RuntimeError("a load client failed before it began")
+                raise Problem("a load client failed before it began")
         begin = time.monotonic() + BEGIN_AFTER_S
         for process in processes:
             assert process.stdin is not None
@@ -121,7 +121,7 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
             process.stdin.flush()
         for process in processes:
             if process.wait(timeout + GIVE_UP_S):
-                raise RuntimeError(f"a load client ended with status {process.returncode}")
+                raise Problem(f"a load client ended with status {process.returncode}")
 
 
 class TritonClient(Client):
@@ -181,7 +181,7 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
         connection = OpenAIClient(address, model, task["api"], task["key_file"])
     async with connection as client:
         if not await client.is_ready(model):
-            raise RuntimeError(f"{address} serves no model {model}")
+            raise Problem(f"{address} serves no model {model}")
         gc.freeze()
         print("ready", flush=True)
         begin = float(sys.stdin.readline())

@@ -19,7 +19,7 @@ from typing import Any
 
 from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import model_directory
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, told
+from gllm_benchmarks.record import Figures, Problem, make_parser, number, print_table, record, told
 from gllm_benchmarks.reuse import TRACE_BLOCK, chats, ideal_rate, make_chats, read_mooncake
 from gllm_benchmarks.serve import (
     Served,
@@ -92,7 +92,7 @@ def run_served(
         if looked_up >= done:
             return records, found
         time.sleep(0.05)
-    raise RuntimeError(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
+    raise Problem(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
 
 
 def compare(run: Any, jobs: list[Job]) -> Figures:
@@ -160,7 +160,9 @@ def measure(arguments: Namespace) -> Figures:
     path = model_directory(arguments.offline)
     settings = {"model": str(path)} | our_config(path, arguments) | config
     jobs = make_work(arguments, read_vocab(path)[0])
-    with contextlib.closing(Engine(make_config(settings))) as engine:
+    with told(ValueError):  # of the configuration or the checkpoint
+        engine = Engine(make_config(settings))
+    with contextlib.closing(engine):
         return compare(partial(run_offline, engine, arguments.concurrency), jobs)
 
 

@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gllm_client import GenerateError
+
 RESULTS = Path(__file__).parent / "results"
 Figures = dict[str, Any]  # what a benchmark, or one run of it, has measured, as JSON
 
@@ -35,15 +37,19 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
-@contextmanager
-def told() -> Iterator[None]:
-    """End with an error's sentence alone, where something given is wrong or a server is not there.
+class Problem(ValueError, RuntimeError):
+    """What was given is wrong, or a server fails: the sentence is all that a user needs."""
 
-    Also a decorator: `@told()`.
+
+@contextmanager
+def told(*kinds: type[Exception]) -> Iterator[None]:
+    """End with the sentence alone of a Problem, a file, a connection, a server or of `kinds`.
+
+    Any other error is a bug, which has its traceback. Also a decorator: `@told()`.
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (Problem, OSError, GenerateError, *kinds) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from gllm_benchmarks.record import Problem
 from gllm_benchmarks.workloads import Job, is_count, parsed
 
 PAGE = 16  # tokens; a cache holds whole pages
@@ -32,7 +33,7 @@ def chats(name: str) -> Chats:
     """Parse chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER. Raises ValueError."""
     kind, *numbers = name.split(":")
     if kind != "chats" or len(numbers) != len(Chats._fields) or not all(map(is_count, numbers)):
-        raise ValueError(f"workload {name!r} is not chats:{':'.join(Chats._fields)}")
+        raise Problem(f"workload {name!r} is not chats:{':'.join(Chats._fields)}")
     return Chats(*map(int, numbers))
 
 

@@ -272,7 +272,8 @@ def main() -> None:
         bare, _, text = name.partition(":")
         most = int(text or values["max_num_batched_tokens"])
         sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
-        config = EngineConfig(model=".", **values | sizes)
+        with told(ValueError):
+            config = EngineConfig(model=".", **values | sizes)
         for (load, arrivals), rate in zip(loads.items(), arguments.rate or [None], strict=True):
             pipeline = Pipeline([stage] * arguments.pp, head, travel)
             run = simulate(config, POLICIES[bare], pipeline, pairs, arrivals)

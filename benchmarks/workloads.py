@@ -16,6 +16,8 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gllm_benchmarks.record import Problem
+
 WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of all relevant sizes
 WARM_UP_OUTPUT_LEN = 8
 IMAGE_TOKENS = 2691  # of Qwen2.5-VL, each of 28 x 28 pixels
@@ -49,7 +51,7 @@ def lengths(name: str) -> Lengths:
     kind, numbers = _parse(name)
     if not numbers:
         known = ", ".join(WORKLOADS)
-        raise ValueError(
+        raise Problem(
             f"workload {name!r} is unknown; known are {known}, image, image1, fixed:COUNT:IN:OUT, "
             "image:COUNT:FEWEST:MOST"
         )
@@ -95,7 +97,7 @@ def with_images(jobs: list[Job], name: str, special: dict[int, str]) -> list[Job
     if kind != "image":
         return jobs
     if not special:
-        raise ValueError(f"workload {name!r} is for a model that takes images")
+        raise Problem(f"workload {name!r} is for a model that takes images")
     place = [*special][:3]
     draws = random.Random(str(jobs))
     found = []
@@ -158,9 +160,9 @@ def parsed(
         try:
             found.append(parse(entry))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: request {len(found) + 1}: {error!r}") from None
+            raise Problem(f"{path}: request {len(found) + 1}: {error!r}") from None
     if not found:
-        raise ValueError(f"{path}: holds no request")
+        raise Problem(f"{path}: holds no request")
     return found
 
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 240_000,
-    ("backend", "client"): 73_700,
-    ("benchmarks",): 30_700,
+    ("gllm_engine",): 240_040,
+    ("backend", "client"): 73_720,
+    ("benchmarks",): 31_100,
 }
 MAX_FUNCTION_LINES = 60
 

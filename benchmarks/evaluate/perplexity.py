@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.openai_api import Post
+from gllm_benchmarks.record import Problem
 from gllm_engine import LLM, SamplingParams
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
@@ -22,7 +23,7 @@ def paragraphs(path: Path = HELD_OUT) -> list[str]:
     """The paragraphs of a file. Raises ValueError if there is none."""
     found = [text.strip() for text in path.read_text().split("\n\n") if text.strip()]
     if not found:
-        raise ValueError(f"{path}: holds no paragraph")
+        raise Problem(f"{path}: holds no paragraph")
     return found
 
 
@@ -31,7 +32,7 @@ def by_engine(llm: LLM, texts: list[str]) -> Scores:
     answers = llm.generate(texts, SamplingParams(max_tokens=1, prompt_logprobs=0))
     for answer in answers:
         if answer.error is not None:
-            raise RuntimeError(answer.error)
+            raise Problem(answer.error)
     return [actual_scores(answer.prompt_logprobs) for answer in answers]
 
 

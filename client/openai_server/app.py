@@ -7,6 +7,7 @@ After the first SIGTERM or SIGINT running answers end, new requests get status 5
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -124,6 +125,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()  # what stays for ever need not be looked at again and again
         if self._tells:
             self._tell()
         self._draining = asyncio.create_task(self._drain())
@@ -161,6 +163,7 @@ def serve(options: Options) -> int:
         log_config=None,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )

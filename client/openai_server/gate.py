@@ -121,6 +121,7 @@ class Gate:
         given = Headers(scope=scope).get("x-request-id", "")
         state["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(16)
         state["answered"] = False
+        state["send"] = send
         started = False
 
         async def reply(message: Message) -> None:
