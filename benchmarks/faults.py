@@ -25,8 +25,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks.record import Figures, Problem, make_parser, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, print_table, record
 from gllm_benchmarks.served_model import MODEL, await_ready, serve_command, write_repository
+from gllm_benchmarks.workloads import Problem
 from gllm_client import GenerateError, SyncClient
 from gllm_client.supervisor import find_stubs
 from gllm_engine import write_tiny_model

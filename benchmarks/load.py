@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.openai_api import OpenAIClient, Response
-from gllm_benchmarks.record import Problem, told
-from gllm_benchmarks.workloads import Job
+from gllm_benchmarks.record import told
+from gllm_benchmarks.workloads import Job, Problem
 from gllm_client import Client, GenerateError
 
 # Request the text and its token count only.

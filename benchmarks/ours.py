@@ -19,7 +19,6 @@ from typing import Any
 
 from msgspec import to_builtins
 
-from gllm_benchmarks.record import told
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 from gllm_engine.images import place, read_processor
 
@@ -145,8 +144,10 @@ def profile(engine: Engine, jobs: Jobs, processor: Any, skip: int, count: int) -
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     task: dict[str, Any] = json.loads(sys.argv[1])
-    with told(ValueError):  # of a configuration or a checkpoint, which the user gave
+    try:
         engine = Engine(make_config({"model": task["model"]} | task["config"]))
+    except ValueError as error:  # of a configuration or a checkpoint, which the user gave
+        raise SystemExit(str(error)) from None
     figures: dict[str, Any] = {
         "start_s": time.monotonic() - task["started"],
         "kv_tokens": engine.info.num_pages * engine.info.page_size,

@@ -19,7 +19,7 @@ from typing import Any
 
 from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import model_directory
-from gllm_benchmarks.record import Figures, Problem, make_parser, number, print_table, record, told
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, told
 from gllm_benchmarks.reuse import TRACE_BLOCK, chats, ideal_rate, make_chats, read_mooncake
 from gllm_benchmarks.serve import (
     Served,
@@ -32,7 +32,7 @@ from gllm_benchmarks.serve import (
     summarize,
 )
 from gllm_benchmarks.served_model import metric_sums, read_vocab
-from gllm_benchmarks.workloads import Job, warm_up
+from gllm_benchmarks.workloads import Job, Problem, warm_up
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
 DEFAULT = "chats:32:5:1:200:40:60"

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gllm_benchmarks.workloads import Problem
 from gllm_client import GenerateError
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,10 +36,6 @@ def make_parser(name: str, about: str) -> ArgumentParser:
 def exit_on_sigterm() -> None:
     """Let SIGTERM end this process as an error does, which also ends the processes it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-
-
-class Problem(ValueError, RuntimeError):
-    """What was given is wrong, or a server fails: the sentence is all that a user needs."""
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from gllm_benchmarks.record import Problem
-from gllm_benchmarks.workloads import Job, is_count, parsed
+from gllm_benchmarks.workloads import Job, Problem, is_count, parsed
 
 PAGE = 16  # tokens; a cache holds whole pages
 TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for

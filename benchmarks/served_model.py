@@ -20,7 +20,8 @@ from pathlib import Path
 from select import select
 from typing import Any, NamedTuple
 
-from gllm_benchmarks.record import Problem, exit_on_sigterm
+from gllm_benchmarks.record import exit_on_sigterm
+from gllm_benchmarks.workloads import Problem
 from gllm_client import read_metrics
 from gllm_client.supervisor import descendants, write_model
 

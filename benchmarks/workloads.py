@@ -16,13 +16,15 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gllm_benchmarks.record import Problem
-
 WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of all relevant sizes
 WARM_UP_OUTPUT_LEN = 8
 IMAGE_TOKENS = 2691  # of Qwen2.5-VL, each of 28 x 28 pixels
 IMAGE_LENGTHS = (200, 64)  # tokens of text and of the output, of requests with images
 Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
+
+
+class Problem(ValueError, RuntimeError):
+    """What was given is wrong, or a server fails: the sentence is all that a user needs."""
 
 
 class Job(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.openai_api import Post
-from gllm_benchmarks.record import Problem
+from gllm_benchmarks.workloads import Problem
 from gllm_engine import LLM, SamplingParams
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")

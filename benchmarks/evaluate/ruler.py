@@ -13,7 +13,7 @@ import re
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.openai_api import Post
-from gllm_benchmarks.record import Problem
+from gllm_benchmarks.workloads import Problem
 
 TASKS = ("single", "multikey", "multivalue", "tracking")
 NUM_NEEDLES = 4

@@ -14,9 +14,10 @@ import pytest
 from gllm_benchmarks import evaluate, host, offline, prefix, serve, simulate, sweep
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
-from gllm_benchmarks.record import Problem, number, told
+from gllm_benchmarks.record import number, told
 from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize, times_of
 from gllm_benchmarks.served_model import cpu_seconds
+from gllm_benchmarks.workloads import Problem
 from gllm_client import GenerateError
 
 NUMBER_FLAGS = {
