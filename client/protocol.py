@@ -188,9 +188,11 @@ def tokenize_inputs(
     )
 
 
-def detokenize_inputs(token_ids: Sequence[int]) -> Inputs:
-    """The input tensors of a request for the text of tokens. Raises ValueError."""
-    return {"operation": "detokenize", "input_ids": _token_ids(token_ids)}
+def detokenize_inputs(token_ids: Sequence[int], operation: str = "detokenize") -> Inputs:
+    """The input tensors of a request for the text of tokens, or of each ("token_texts"). Raises
+    ValueError.
+    """
+    return {"operation": operation, "input_ids": _token_ids(token_ids)}
 
 
 def _prompt_options(tools: Any, template: Any, add_special_tokens: bool | None) -> Inputs:

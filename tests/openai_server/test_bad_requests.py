@@ -26,6 +26,11 @@ def schema(value: dict[str, Any]) -> dict[str, Any]:
 
 TEXT_FORMAT = {"format": {"type": "json_schema", "name": "x", "schema": {}}}
 TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
+REQUIRED: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required"}
+REQUIRED_OF_RESPONSES = REQUIRED | {
+    "tools": [{"type": "function", "name": "f"}],
+    "text": TEXT_FORMAT,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +167,14 @@ def test_a_wrong_field_is_named(
         (CHAT, {"response_format": schema({})}, "structured_outputs", "response_format"),
         (CHAT, {"structured_outputs": {"json": {}}}, "structured_outputs", "structured_outputs"),
         (CHAT, {"tools": [TOOL]}, "structured_outputs", "tools"),
+        (
+            CHAT,
+            {"tools": [TOOL], "response_format": {"type": "text"}},
+            "structured_outputs",
+            "tools",
+        ),
+        (CHAT, REQUIRED | {"response_format": schema({})}, "structured_outputs", "tools"),
+        ("/v1/responses", REQUIRED_OF_RESPONSES, "structured_outputs", "tools"),
         (CHAT, {"max_completion_tokens": 7}, "max_tokens", "max_completion_tokens"),
         (CHAT, {"max_tokens": 7}, "max_tokens", "max_tokens"),
         (
