@@ -15,7 +15,7 @@ PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
     ("gllm_engine",): 240_040,
-    ("backend", "client"): 73_720,
+    ("backend", "client"): 74_300,
     ("benchmarks",): 31_100,
 }
 MAX_FUNCTION_LINES = 60

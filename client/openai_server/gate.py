@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gllm_client.openai_server.errors import ApiError, as_api_error, as_given
@@ -142,9 +143,11 @@ class Gate:
         try:
             state["owner"] = self._door.check(scope)  # of what is stored
             state["tenant"] = state["owner"][0]
+            if scope["method"] == "HEAD":  # the server keeps the answer's body to itself
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, reply)
-        except asyncio.CancelledError:
-            if "left" not in state:
+        except (asyncio.CancelledError, ClientDisconnect) as error:
+            if "left" not in state and isinstance(error, asyncio.CancelledError):
                 raise
             _LOG.info("request %s: its client has left", state["request_id"])
         except Exception as error:

@@ -50,11 +50,14 @@ async def read_body(request: Request, kind: type[T]) -> T:
     """The JSON body as a msgspec Struct; null means not given. From here on, a client that leaves
     cancels the route.
 
-    Raises ApiError 400 (not JSON, a wrong field), 413 (too large), 415 (another content type).
+    Raises ApiError 400 (not JSON, a wrong field), 413 (too large), 415 (another content type or an
+    encoding of it).
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise ApiError(415, f"content-type: application/json is expected, got {shown(media)}")
+    if encoding := request.headers.get("content-encoding"):
+        raise ApiError(415, f"content-encoding: {shown(encoding)} is not supported")
     body = await _read(request, request.app.state.options.max_body_size)
     request.state.watch = asyncio.create_task(_watch(request, asyncio.current_task()))
     value = decode(body)

@@ -142,6 +142,20 @@ def canary(served: Served) -> Iterator[None]:
             "response_format",
             "x-guidance",
         ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}
+                ]
+            },
+            "messages[0].tool_calls[0].function.name",
+            "None is not text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning": ["b"]}]},
+            "messages[0].reasoning",
+            "['b'] is not text",
+        ),
         ({"messages": USER, "reasoning_effort": "much"}, "reasoning_effort", "'much'"),
         ({"messages": USER, "documents": [{}]}, "documents", "template takes none"),
         (
@@ -321,6 +335,7 @@ def test_routes_that_are_refused_by_name(served: Served, path: str) -> None:
     ("sentence", "status", "param"),
     [
         ("temperature: 200.0 is outside [0.0, 100.0]", 400, "temperature"),
+        ("chat_template_kwargs: thinking is never read", 400, "chat_template_kwargs"),
         ("the queue is full: 4096 requests are waiting (max_waiting)", 429, None),
         ("the engine has ended and another one is being started", 503, None),
         ("an internal error, see the server's log", 500, None),
@@ -336,6 +351,14 @@ def test_errors_of_triton(served: Served, sentence: str, status: int, param: str
         assert answer.json()["error"]["param"] == param
         assert ("retry-after" in answer.headers) == (status in (429, 503))
     served.model.refusal = None
+
+
+def test_the_switches_of_the_template_are_fields(served: Served) -> None:
+    served.model.refusal = "chat_template_kwargs: continue_final_message: it has no content"
+    status, field, message = served.refused(CHAT, messages=USER, continue_final_message=True)
+    served.model.refusal = None
+    assert (status, field) == (400, "continue_final_message")
+    assert message == "continue_final_message: it has no content"
 
 
 def test_a_stream_that_fails_half_way(served: Served) -> None:
