@@ -27,7 +27,6 @@ from typing import Any
 
 from gllm_benchmarks.record import Figures, make_parser, print_table, record
 from gllm_benchmarks.served_model import MODEL, await_ready, serve_command, write_repository
-from gllm_benchmarks.workloads import Problem
 from gllm_client import GenerateError, SyncClient
 from gllm_client.supervisor import find_stubs
 from gllm_engine import write_tiny_model
@@ -208,7 +207,7 @@ class Site:
         assert holder.stdout is not None
         told = holder.stdout.readline()
         if told != "held\n":
-            raise Problem(f"no mount namespace can be made here: {told}")
+            raise SystemExit(f"no mount namespace can be made here: {told}")
         return holder
 
     def _start(self, repository: Path) -> subprocess.Popen[bytes]:
@@ -337,7 +336,7 @@ def observe(fault: str, ranks: str) -> Figures:
     crowded = fault == CROWD
     with Site(RANKS[ranks], FEW_FILES if crowded else "unlimited") as site:
         if not site.answers():
-            raise Problem("the server does not answer although it is ready")
+            raise SystemExit("the server does not answer although it is ready")
         streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
         if not crowded:
             _await(lambda: all(s.num_tokens or s.outcome for s in streams), PATIENCE_S)

@@ -32,7 +32,7 @@ from gllm_benchmarks.serve import (
     summarize,
 )
 from gllm_benchmarks.served_model import metric_sums, read_vocab
-from gllm_benchmarks.workloads import Job, Problem, warm_up
+from gllm_benchmarks.workloads import Job, warm_up
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
 DEFAULT = "chats:32:5:1:200:40:60"
@@ -78,7 +78,7 @@ def run_served(
 ) -> tuple[list[RequestRecord], float | None]:
     """The records of run_load, and the prompt tokens from the cache; None if the server is silent.
 
-    Raises RuntimeError if the metrics do not tell of all requests.
+    Raises SystemExit if the metrics do not tell of all requests.
     """
     before = metric_sums(served.metrics, *COUNTERS) if served.metrics else []
     records = run_load(served.address, served.model, jobs, concurrency, salts=salts, **options)
@@ -92,7 +92,7 @@ def run_served(
         if looked_up >= done:
             return records, found
         time.sleep(0.05)
-    raise Problem(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
+    raise SystemExit(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
 
 
 def compare(run: Any, jobs: list[Job]) -> Figures:

@@ -18,7 +18,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks.workloads import Problem
 from gllm_client import GenerateError
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,13 +39,13 @@ def exit_on_sigterm() -> None:
 
 @contextmanager
 def told(*kinds: type[Exception]) -> Iterator[None]:
-    """End with the sentence alone of a Problem, a file, a connection, a server or of `kinds`.
+    """End with the sentence alone of an error of a file, a connection, a server or of `kinds`.
 
     Any other error is a bug, which has its traceback. Also a decorator: `@told()`.
     """
     try:
         yield
-    except (Problem, OSError, GenerateError, *kinds) as error:
+    except (OSError, GenerateError, *kinds) as error:
         raise SystemExit(str(error)) from None
 
 

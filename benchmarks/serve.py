@@ -270,8 +270,8 @@ def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[
 class Served(NamedTuple):
     """A model on a server. `metrics`: host:port of tritonserver's metrics, if they are known.
 
-    `special`: its tokens that with_images takes. `openai`: the URL of gllm openai, if that gets the
-    loads too.
+    `special`: its tokens that with_images takes. `openai`: host:port of its OpenAI
+    server, if it has one.
     """
 
     address: str
@@ -279,7 +279,7 @@ class Served(NamedTuple):
     vocab: int
     metrics: str | None = None
     special: dict[int, str] = {}
-    openai: str = ""
+    openai: str | None = None
 
 
 def our_config(path: Path, arguments: Namespace) -> dict[str, Any]:
@@ -308,9 +308,10 @@ def measure(served: Served, arguments: Namespace, recorded: list[float], pairs: 
     """Warm a model up and send it the loads. `recorded`: the trace's arrivals, if any."""
     options = load_options(arguments)
     ways = {"": partial(run_load, served.address, served.model, **options)}
-    if served.openai:
+    if arguments.gateway:
         options["api"] = "completions"
-        ways[", gllm openai"] = partial(run_load, served.openai, served.model, **options)
+        url = f"http://{served.openai}"
+        ways[", gllm openai"] = partial(run_load, url, served.model, **options)
     seeds = itertools.count(1)  # new prompts each time, which no cache holds
     images = (arguments.workload, served.special)
     some = warm_up(with_images(make_jobs(pairs, served.vocab, seed=0), *images))
@@ -329,7 +330,7 @@ def measure(served: Served, arguments: Namespace, recorded: list[float], pairs: 
                 jobs = with_images(jobs, *images)
                 before = cpu_seconds()
                 figures = summarize(load(jobs, arrivals), arguments.slo)
-                us = 1e6 / max(figures["output_tokens"], 1)
+                us = 1e6 / (figures["output_tokens"] or 1)
                 spent = cpu_seconds() - before
                 found.append(figures | {"cpu_us": {part: spent[part] * us for part in spent}})
             name += way

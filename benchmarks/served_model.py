@@ -21,7 +21,6 @@ from select import select
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.record import exit_on_sigterm
-from gllm_benchmarks.workloads import Problem
 from gllm_client import read_metrics
 from gllm_client.supervisor import descendants, write_model
 
@@ -38,11 +37,11 @@ SPECIAL = {
 
 
 # Parts of the system, by a word in the command lines of their processes; the first one counts.
-PARTS = ("openai\0", "backend_stub", "gllm_engine", "tritonserver", "")
+PARTS = ("openai\0", "backend_stub", "gllm_engine", "tritonserver")
 
 
 class Addresses(NamedTuple):
-    """host:port of a server's gRPC and metrics. `openai`: the URL of its OpenAI server, if any."""
+    """host:port of a server's gRPC and metrics, and of its OpenAI server if it has one."""
 
     grpc: str
     metrics: str
@@ -62,18 +61,17 @@ def serve_command(repository: Path, gateways: int = 0) -> tuple[list[str], Addre
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
     if gateways:
         command += [f"--openai-port={openai}", f"--processes={gateways}"]
-    url = f"http://127.0.0.1:{openai}" if gateways else ""
-    return command, Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", url)
+    return command, Addresses(*(f"127.0.0.1:{port}" for port in (grpc, metrics, openai)))
 
 
 def await_ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for the line that says so. Raises RuntimeError with the log if there is none in START_S.
+    """Wait for the line that says so. Raises SystemExit with the log if there is none in START_S.
 
     `process`: serve_command's, with a pipe for its output.
     """
     ready, _, _ = select([process.stdout], [], [], START_S)
     if not ready or not process.stdout.readline():  # no line: the server has ended
-        raise Problem(f"tritonserver did not become ready:\n{log.read_text()}")
+        raise SystemExit(f"tritonserver did not become ready:\n{log.read_text()}")
 
 
 @contextlib.contextmanager
@@ -88,7 +86,7 @@ def server(
 
     `parameters`: parameters in config.pbtxt. `config`: keys of model.json. `gateways`: see
     serve_command. A model without a tokenizer gets a generated one. From now on SIGTERM ends this
-    process like an error, which ends the server too. Raises RuntimeError with the server's log if
+    process like an error, which ends the server too. Raises SystemExit with the server's log if
     it is not ready after START_S.
     """
     exit_on_sigterm()
@@ -170,6 +168,6 @@ def cpu_seconds() -> Counter[str]:
     for pid, *_ in descendants(os.getpid()):
         command = Path(f"/proc/{pid}/cmdline").read_text()
         times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        part = next(filter(command.__contains__, PARTS)).strip("\0") or "others"
+        part = next(filter(command.__contains__, PARTS), "others").strip("\0")
         spent[part] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
     return spent

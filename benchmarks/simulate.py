@@ -33,6 +33,7 @@ from gllm_benchmarks.serve import (
 from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
     POLICIES,
+    ConfigError,
     CostModel,
     EngineConfig,
     Fit,
@@ -248,7 +249,7 @@ def parse_arguments() -> Namespace:
     return arguments
 
 
-@told()
+@told(ConfigError)
 def main() -> None:
     arguments = parse_arguments()
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
@@ -272,8 +273,7 @@ def main() -> None:
         bare, _, text = name.partition(":")
         most = int(text or values["max_num_batched_tokens"])
         sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
-        with told(ValueError):
-            config = EngineConfig(model=".", **values | sizes)
+        config = EngineConfig(model=".", **values | sizes)
         for (load, arrivals), rate in zip(loads.items(), arguments.rate or [None], strict=True):
             pipeline = Pipeline([stage] * arguments.pp, head, travel)
             run = simulate(config, POLICIES[bare], pipeline, pairs, arrivals)

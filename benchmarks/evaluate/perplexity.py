@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.openai_api import Post
-from gllm_benchmarks.workloads import Problem
 from gllm_engine import LLM, SamplingParams
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
@@ -20,19 +19,19 @@ Scores = list[list[float]]  # of each paragraph's tokens but the first: log prob
 
 
 def paragraphs(path: Path = HELD_OUT) -> list[str]:
-    """The paragraphs of a file. Raises ValueError if there is none."""
+    """The paragraphs of a file. Raises SystemExit if there is none."""
     found = [text.strip() for text in path.read_text().split("\n\n") if text.strip()]
     if not found:
-        raise Problem(f"{path}: holds no paragraph")
+        raise SystemExit(f"{path}: holds no paragraph")
     return found
 
 
 def by_engine(llm: LLM, texts: list[str]) -> Scores:
-    """Raises RuntimeError for a paragraph that the engine refuses, as one that is too long."""
+    """Raises SystemExit for a paragraph that the engine refuses, as one that is too long."""
     answers = llm.generate(texts, SamplingParams(max_tokens=1, prompt_logprobs=0))
     for answer in answers:
         if answer.error is not None:
-            raise Problem(answer.error)
+            raise SystemExit(answer.error)
     return [actual_scores(answer.prompt_logprobs) for answer in answers]
 
 

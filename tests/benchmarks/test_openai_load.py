@@ -121,7 +121,7 @@ def test_images_are_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_model_and_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOpenAI(completion) as server:
         url = server.url
-        with pytest.raises(RuntimeError, match="serves no model other"):
+        with pytest.raises(SystemExit, match="serves no model other"):
             sent(url, monkeypatch, model="other")
     with pytest.raises(GenerateError, match="the server fails: ClientConnectorError"):
         sent(url, monkeypatch)

@@ -17,7 +17,6 @@ from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import number, told
 from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize, times_of
 from gllm_benchmarks.served_model import cpu_seconds
-from gllm_benchmarks.workloads import Problem
 from gllm_client import GenerateError
 
 NUMBER_FLAGS = {
@@ -79,10 +78,10 @@ def test_each_load_goes_through_the_openai_server_too(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(serve, "run_load", load)
     monkeypatch.setattr("sys.argv", "serve --start m --concurrency 2,4 --gateway 1".split())
-    served = serve.Served("grpc", "m", 100, openai="http")
+    served = serve.Served("grpc", "m", 100, openai="h:1")
     runs = serve.measure(served, serve.parse_arguments(), [], [(5, 11)] * 4)
     assert [*runs] == [f"{n} at a time{way}" for n in (2, 4) for way in ("", ", gllm openai")]
-    ways = [("grpc", "grpc"), ("http", "completions")]
+    ways = [("grpc", "grpc"), ("http://h:1", "completions")]
     assert sent == ways * 3  # to warm up, and of each load
 
 
@@ -99,8 +98,8 @@ def test_the_cpu_time_of_the_parts() -> None:
     assert ended["clients"] > 0.15 and "gllm_engine" not in ended
 
 
-def test_a_problem_is_a_sentence_and_a_bug_has_its_traceback() -> None:
-    for error in (Problem("x"), GenerateError("x"), FileNotFoundError("x")):
+def test_a_failure_is_a_sentence_and_a_bug_has_its_traceback() -> None:
+    for error in (GenerateError("x"), FileNotFoundError("x")):
         with pytest.raises(SystemExit, match="x"), told():
             raise error
     for bug in (RuntimeError("dictionary changed size"), ValueError("not enough values")):

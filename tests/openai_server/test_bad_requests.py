@@ -156,6 +156,11 @@ def canary(served: Served) -> Iterator[None]:
             "messages[0].reasoning",
             "['b'] is not text",
         ),
+        (
+            {"messages": USER, "logit_bias": {"5": "x"}},
+            "logit_bias[...]",
+            "Expected float, got str",
+        ),
         ({"messages": USER, "reasoning_effort": "much"}, "reasoning_effort", "'much'"),
         ({"messages": USER, "documents": [{}]}, "documents", "template takes none"),
         (
