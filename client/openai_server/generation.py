@@ -152,7 +152,7 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
     thinks = model.format.in_thoughts(text)
     sampling = with_defaults(model, conversation.sampling)
     form = model.format.constraint(conversation, thinks)
-    form_fields = ()
+    form_fields: Collection[str] = ()
     if form is not None:
         sampling["structured_outputs"] = form
         is_of_tools = conversation.form is None or conversation.tool_choice.forces_a_call
