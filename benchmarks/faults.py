@@ -60,10 +60,6 @@ echo held && exec sleep infinity
 """
 
 
-class FaultsError(RuntimeError):
-    """This machine cannot run the faults, or a server does not answer; the message says why."""
-
-
 class Stream(threading.Thread):
     """Reads one response. `outcome` is set at its end, `news_at` at every token."""
 
@@ -211,7 +207,7 @@ class Site:
         assert holder.stdout is not None
         told = holder.stdout.readline()
         if told != "held\n":
-            raise FaultsError(f"no mount namespace can be made here: {told}")
+            raise SystemExit(f"no mount namespace can be made here: {told}")
         return holder
 
     def _start(self, repository: Path) -> subprocess.Popen[bytes]:
@@ -340,7 +336,7 @@ def observe(fault: str, ranks: str) -> Figures:
     crowded = fault == CROWD
     with Site(RANKS[ranks], FEW_FILES if crowded else "unlimited") as site:
         if not site.answers():
-            raise FaultsError("the server does not answer although it is ready")
+            raise SystemExit("the server does not answer although it is ready")
         streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
         if not crowded:
             _await(lambda: all(s.num_tokens or s.outcome for s in streams), PATIENCE_S)

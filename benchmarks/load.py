@@ -71,7 +71,7 @@ def run_load(
     is in `key_file`. `arrivals`: each job's seconds from the start, or the number of concurrent
     requests. `salts`: each job's cache_salt.
     `timeout`: seconds for all jobs together; requests that have not ended then have failed. Raises
-    RuntimeError if a client process fails.
+    SystemExit if a client process fails.
     """
     clients = min(clients, len(jobs), arrivals if isinstance(arrivals, int) else len(jobs))
     with tempfile.TemporaryDirectory(prefix="gllm-load-") as directory:
@@ -113,7 +113,7 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
             stack.callback(process.kill)
         for process in processes:
             if process.stdout is None or process.stdout.readline() != "ready\n":
-                raise RuntimeError("a load client failed before it began")
+                raise SystemExit("a load client failed before it began")
         begin = time.monotonic() + BEGIN_AFTER_S
         for process in processes:
             assert process.stdin is not None
@@ -121,7 +121,7 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
             process.stdin.flush()
         for process in processes:
             if process.wait(timeout + GIVE_UP_S):
-                raise RuntimeError(f"a load client ended with status {process.returncode}")
+                raise SystemExit(f"a load client ended with status {process.returncode}")
 
 
 class TritonClient(Client):
@@ -181,7 +181,7 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
         connection = OpenAIClient(address, model, task["api"], task["key_file"])
     async with connection as client:
         if not await client.is_ready(model):
-            raise RuntimeError(f"{address} serves no model {model}")
+            raise SystemExit(f"{address} serves no model {model}")
         gc.freeze()
         print("ready", flush=True)
         begin = float(sys.stdin.readline())

@@ -78,7 +78,7 @@ def run_served(
 ) -> tuple[list[RequestRecord], float | None]:
     """The records of run_load, and the prompt tokens from the cache; None if the server is silent.
 
-    Raises RuntimeError if the metrics do not tell of all requests.
+    Raises SystemExit if the metrics do not tell of all requests.
     """
     before = metric_sums(served.metrics, *COUNTERS) if served.metrics else []
     records = run_load(served.address, served.model, jobs, concurrency, salts=salts, **options)
@@ -92,7 +92,7 @@ def run_served(
         if looked_up >= done:
             return records, found
         time.sleep(0.05)
-    raise RuntimeError(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
+    raise SystemExit(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
 
 
 def compare(run: Any, jobs: list[Job]) -> Figures:
@@ -160,7 +160,9 @@ def measure(arguments: Namespace) -> Figures:
     path = model_directory(arguments.offline)
     settings = {"model": str(path)} | our_config(path, arguments) | config
     jobs = make_work(arguments, read_vocab(path)[0])
-    with contextlib.closing(Engine(make_config(settings))) as engine:
+    with told(ValueError):  # of the configuration or the checkpoint
+        engine = Engine(make_config(settings))
+    with contextlib.closing(engine):
         return compare(partial(run_offline, engine, arguments.concurrency), jobs)
 
 

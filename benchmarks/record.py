@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gllm_client import GenerateError
+
 RESULTS = Path(__file__).parent / "results"
 Figures = dict[str, Any]  # what a benchmark, or one run of it, has measured, as JSON
 
@@ -36,14 +38,14 @@ def exit_on_sigterm() -> None:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """End with an error's sentence alone, where something given is wrong or a server is not there.
+def told(*kinds: type[Exception]) -> Iterator[None]:
+    """End with the sentence alone of an error of a file, a connection, a server or of `kinds`.
 
-    Also a decorator: `@told()`.
+    Any other error is a bug, which has its traceback. Also a decorator: `@told()`.
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, GenerateError, *kinds) as error:
         raise SystemExit(str(error)) from None
 
 

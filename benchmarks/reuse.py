@@ -29,10 +29,10 @@ class Chats(NamedTuple):
 
 
 def chats(name: str) -> Chats:
-    """Parse chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER. Raises ValueError."""
+    """Parse chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER. Raises SystemExit."""
     kind, *numbers = name.split(":")
     if kind != "chats" or len(numbers) != len(Chats._fields) or not all(map(is_count, numbers)):
-        raise ValueError(f"workload {name!r} is not chats:{':'.join(Chats._fields)}")
+        raise SystemExit(f"workload {name!r} is not chats:{':'.join(Chats._fields)}")
     return Chats(*map(int, numbers))
 
 
@@ -60,7 +60,7 @@ def read_mooncake(
     """The requests of a Mooncake trace in their order; equal ids stand for equal tokens.
 
     `path`: JSON lines with input_length, output_length and hash_ids. `block`: tokens of an id;
-    fewer than 512 shorten all lengths alike. Raises ValueError for a file that is no such trace.
+    fewer than 512 shorten all lengths alike. Raises SystemExit for a file that is no such trace.
     """
     blocks: dict[int, list[int]] = {}
 

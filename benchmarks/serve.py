@@ -26,8 +26,8 @@ from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.openai_api import PATHS
 from gllm_benchmarks.plot import draw, draw_policies
 from gllm_benchmarks.rates import Runs, search, served_rate
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, told
-from gllm_benchmarks.served_model import MODEL, read_vocab, server
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, rounded, told
+from gllm_benchmarks.served_model import MODEL, cpu_seconds, read_vocab, server
 from gllm_benchmarks.workloads import (
     Lengths,
     at_rate,
@@ -162,6 +162,7 @@ MORE = LOADS | {  # columns that are printed, but not in the docs
     "tokens/response": lambda run: f"{run['tokens_per_response']:.1f}",
     "ITL p50 / p99, ms": lambda run: latencies(run, "itl_ms"),
     "e2e p50 / p99, ms": lambda run: latencies(run, "e2e_ms"),
+    "CPU us/token": lambda run: rounded(run.get("cpu_us", "")),
 }
 
 
@@ -180,13 +181,15 @@ def parse_arguments(command: str = "serve", within: float | None = None) -> Name
     parser = make_parser(command, __doc__)
     add_server_arguments(parser)
     add = parser.add_argument
+    count = number(int, 1, 256)
     add("--concurrency", type=numbers(int, 1, 65536), default=[], help="under way at a time")
     add("--all", action="store_true", help="all requests at once")
-    add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
+    add("--repeat", type=count, default=1, help="runs of each; the median is told")
     add(
         "--timeline", type=Path, help="a file for a Chrome trace of the started server's last steps"
     )
     add("--within", type=number(float, 1e-3, 1), default=within, help="find the rate so exactly")
+    add("--gateway", type=count, default=0, help="processes of gllm openai; it gets each load too")
     add("--vary", action="append", help="'KEY=VALUE ...', beside --config, of one sweep")
     add_load_arguments(parser)
     arguments = parser.parse_args()
@@ -196,9 +199,10 @@ def parse_arguments(command: str = "serve", within: float | None = None) -> Name
         parser.error("--within: it needs --start, --rate and --slo, and no other load")
     if arguments.vary and not arguments.within:
         parser.error("--vary: it needs --within")
-    if arguments.timeline and (arguments.within or not arguments.start):
+    if (arguments.timeline or arguments.gateway) and (arguments.within or not arguments.start):
         parser.error(
-            "--timeline: it is of a server to start, once; another one has the key in model.json"
+            "--timeline, --gateway: they are of a server to start, once; another one has the key "
+            "timeline in model.json, and an OpenAI server is measured by --openai"
         )
     if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
         parser.error("no load: give --rate, --concurrency, --all or --trace")
@@ -266,7 +270,8 @@ def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[
 class Served(NamedTuple):
     """A model on a server. `metrics`: host:port of tritonserver's metrics, if they are known.
 
-    `special`: its tokens that with_images takes.
+    `special`: its tokens that with_images takes. `openai`: host:port of its OpenAI
+    server, if it has one.
     """
 
     address: str
@@ -274,6 +279,7 @@ class Served(NamedTuple):
     vocab: int
     metrics: str | None = None
     special: dict[int, str] = {}
+    openai: str | None = None
 
 
 def our_config(path: Path, arguments: Namespace) -> dict[str, Any]:
@@ -285,36 +291,49 @@ def our_config(path: Path, arguments: Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(arguments: Namespace, config: dict[str, Any]) -> Iterator[Served]:
-    """The model that the arguments name. `config`: further keys of a model to start."""
+def serving(arguments: Namespace, config: dict[str, Any], gateways: int = 0) -> Iterator[Served]:
+    """The model that the arguments name. `config`: further keys of a model to start. `gateways`:
+    processes of gllm openai, which is started too."""
     if not arguments.start:
         yield Served(arguments.openai or arguments.address, arguments.model, arguments.vocab)
         return
     path = model_directory(arguments.start)
     vocab, special = read_vocab(path)
     config = our_config(path, arguments) | config
-    with server(path, arguments.front_ends, {}, config) as addresses:
-        yield Served(addresses.grpc, MODEL, vocab, addresses.metrics, special)
+    with server(path, arguments.front_ends, {}, config, gateways) as addresses:
+        yield Served(addresses.grpc, MODEL, vocab, addresses.metrics, special, addresses.openai)
 
 
 def measure(served: Served, arguments: Namespace, recorded: list[float], pairs: Lengths) -> Runs:
     """Warm a model up and send it the loads. `recorded`: the trace's arrivals, if any."""
-    load = partial(run_load, served.address, served.model, **load_options(arguments))
+    options = load_options(arguments)
+    ways = {"": partial(run_load, served.address, served.model, **options)}
+    if arguments.gateway:
+        options["api"] = "completions"
+        url = f"http://{served.openai}"
+        ways[", gllm openai"] = partial(run_load, url, served.model, **options)
     seeds = itertools.count(1)  # new prompts each time, which no cache holds
     images = (arguments.workload, served.special)
     some = warm_up(with_images(make_jobs(pairs, served.vocab, seed=0), *images))
-    load(some, len(some))
+    for load in ways.values():
+        load(some, len(some))
 
     def send(rates: list[float]) -> Runs:
         given = Namespace(**vars(arguments) | {"rate": rates})
         runs = {}
-        for name, arrivals in patterns(given, recorded, len(pairs)).items():
+        loads = patterns(given, recorded, len(pairs)).items()
+        for (name, arrivals), (way, load) in itertools.product(loads, ways.items()):
             found = []
             for _ in range(arguments.repeat):
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
                 jobs = make_jobs(pairs[:count], served.vocab, next(seeds))
                 jobs = with_images(jobs, *images)
-                found.append(summarize(load(jobs, arrivals), arguments.slo))
+                before = cpu_seconds()
+                figures = summarize(load(jobs, arrivals), arguments.slo)
+                us = 1e6 / (figures["output_tokens"] or 1)
+                spent = cpu_seconds() - before
+                found.append(figures | {"cpu_us": {part: spent[part] * us for part in spent}})
+            name += way
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
         return runs
@@ -353,7 +372,7 @@ def main(arguments: Namespace) -> None:
     found = {}
     for way in arguments.vary or [title]:
         keys = parse_pairs(way.split()) if arguments.vary else timeline
-        with serving(arguments, keys) as served:
+        with serving(arguments, keys, arguments.gateway) as served:
             found[way] = runs = measure(served, arguments, recorded, pairs)
         print_runs(f"{way}, {len(pairs)} requests, {arguments.clients} clients", runs)
         if kind:  # after each, so that an interrupted sweep loses nothing

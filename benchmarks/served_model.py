@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from select import select
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 
 from gllm_benchmarks.record import exit_on_sigterm
 from gllm_client import read_metrics
-from gllm_client.supervisor import write_model
+from gllm_client.supervisor import descendants, write_model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "model_repository/shakespeare/1"
 MODEL = "m"  # the model's name on the server
@@ -33,49 +36,64 @@ SPECIAL = {
 }
 
 
+# Parts of the system, by a word in the command lines of their processes; the first one counts.
+PARTS = ("openai\0", "backend_stub", "gllm_engine", "tritonserver")
+
+
 class Addresses(NamedTuple):
-    """host:port of a server's gRPC and of its metrics."""
+    """host:port of a server's gRPC and metrics, and of its OpenAI server if it has one."""
 
     grpc: str
     metrics: str
+    openai: str
 
 
-def serve_command(repository: Path) -> tuple[list[str], Addresses]:
-    """The command that serves a repository on free ports, and where."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    http, grpc, metrics = (one.getsockname()[1] for one in sockets)
+def serve_command(repository: Path, gateways: int = 0) -> tuple[list[str], Addresses]:
+    """The command that serves a repository on free ports, and where.
+
+    `gateways`: processes of its OpenAI server; 0: it has none.
+    """
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    http, grpc, metrics, openai = (one.getsockname()[1] for one in sockets)
     for one in sockets:
         one.close()
     command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-    return command, Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}")
+    if gateways:
+        command += [f"--openai-port={openai}", f"--processes={gateways}"]
+    return command, Addresses(*(f"127.0.0.1:{port}" for port in (grpc, metrics, openai)))
 
 
 def await_ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for the line that says so. Raises RuntimeError with the log if there is none in START_S.
+    """Wait for the line that says so. Raises SystemExit with the log if there is none in START_S.
 
     `process`: serve_command's, with a pipe for its output.
     """
     ready, _, _ = select([process.stdout], [], [], START_S)
     if not ready or not process.stdout.readline():  # no line: the server has ended
-        raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
+        raise SystemExit(f"tritonserver did not become ready:\n{log.read_text()}")
 
 
 @contextlib.contextmanager
 def server(
-    model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
+    model: Path,
+    front_ends: int,
+    parameters: dict[str, str],
+    config: dict[str, Any],
+    gateways: int = 0,
 ) -> Iterator[Addresses]:
     """Run `gllm serve` with `model` as MODEL; yields its addresses.
 
-    `parameters`: parameters in config.pbtxt. `config`: keys of model.json. A model without a
-    tokenizer gets a generated one. From now on SIGTERM ends this process like an error, which ends
-    the server too. Raises RuntimeError with the server's log if it is not ready after START_S.
+    `parameters`: parameters in config.pbtxt. `config`: keys of model.json. `gateways`: see
+    serve_command. A model without a tokenizer gets a generated one. From now on SIGTERM ends this
+    process like an error, which ends the server too. Raises SystemExit with the server's log if
+    it is not ready after START_S.
     """
     exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         repository = Path(directory, "repository")
         write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
-        command, addresses = serve_command(repository)
+        command, addresses = serve_command(repository, gateways)
         log = Path(directory, "log")
         with (
             log.open("w") as file,
@@ -142,3 +160,14 @@ def metric_sums(metrics: str, *wanted: tuple[str, ...]) -> list[float]:
         sum(value for key, value in samples if all(text in key for text in texts))
         for texts in wanted
     ]
+
+
+def cpu_seconds() -> Counter[str]:
+    """CPU time so far by PARTS; "clients" are all processes that have ended, with their start."""
+    spent = Counter(clients=sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))
+    for pid, *_ in descendants(os.getpid()):
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        part = next(filter(command.__contains__, PARTS), "others").strip("\0")
+        spent[part] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return spent

@@ -33,6 +33,7 @@ from gllm_benchmarks.serve import (
 from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
     POLICIES,
+    ConfigError,
     CostModel,
     EngineConfig,
     Policy,
@@ -243,7 +244,7 @@ def parse_arguments() -> Namespace:
     return arguments
 
 
-@told()
+@told(ConfigError)
 def main() -> None:
     arguments = parse_arguments()
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)

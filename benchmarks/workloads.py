@@ -42,14 +42,14 @@ class Job(NamedTuple):
 def lengths(name: str) -> Lengths:
     """The lengths of a workload in WORKLOADS, of fixed:COUNT:IN:OUT or image:COUNT:FEWEST:MOST.
 
-    Tokens of images are not in them. Raises ValueError for any other name.
+    Tokens of images are not in them. Raises SystemExit for any other name.
     """
     if name == "share":
         return _share()
     kind, numbers = _parse(name)
     if not numbers:
         known = ", ".join(WORKLOADS)
-        raise ValueError(
+        raise SystemExit(
             f"workload {name!r} is unknown; known are {known}, image, image1, fixed:COUNT:IN:OUT, "
             "image:COUNT:FEWEST:MOST"
         )
@@ -89,13 +89,13 @@ def with_images(jobs: list[Job], name: str, special: dict[int, str]) -> list[Job
     """The jobs of a workload with its images, if it has any, in front of the text.
 
     Other prompts get other images. `special`: tokens that the text does not have; the first three
-    stand for an image. Raises ValueError for a workload with images and no such tokens.
+    stand for an image. Raises SystemExit for a workload with images and no such tokens.
     """
     kind, numbers = _parse(name)
     if kind != "image":
         return jobs
     if not special:
-        raise ValueError(f"workload {name!r} is for a model that takes images")
+        raise SystemExit(f"workload {name!r} is for a model that takes images")
     place = [*special][:3]
     draws = random.Random(str(jobs))
     found = []
@@ -132,7 +132,7 @@ def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengt
     """Arrivals (seconds since the first) and lengths of an Azure LLM inference trace.
 
     `path`: a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens (Azure public
-    dataset, 2023). `limit`: read only this many requests from its start. Raises ValueError for a
+    dataset, 2023). `limit`: read only this many requests from its start. Raises SystemExit for a
     file that is no such trace.
     """
 
@@ -151,16 +151,16 @@ def parsed(
 ) -> list[Any]:
     """What `parse` makes of a trace's entries, one for each request, and at most `limit`.
 
-    Raises ValueError if there is none, or if `parse` fails.
+    Raises SystemExit if there is none, or if `parse` fails.
     """
     found = []
     for entry in islice(entries, limit):
         try:
             found.append(parse(entry))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: request {len(found) + 1}: {error!r}") from None
+            raise SystemExit(f"{path}: request {len(found) + 1}: {error!r}") from None
     if not found:
-        raise ValueError(f"{path}: holds no request")
+        raise SystemExit(f"{path}: holds no request")
     return found
 
 

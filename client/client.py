@@ -194,9 +194,13 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         inputs = tokenize_inputs(prompt, **options)
         return merge([chunk async for chunk in self._send(inputs, model, timeout, request_id)])
 
-    async def detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
-        """The text of tokens, special tokens included. `call`: model, timeout and request_id."""
-        inputs = detokenize_inputs(token_ids)
+    async def detokenize(
+        self, token_ids: Sequence[int], *, operation: str = "detokenize", **call: Any
+    ) -> str:
+        """The text of tokens, special tokens included; with "token_texts" a JSON list of the text
+        of each. `call`: model, timeout and request_id.
+        """
+        inputs = detokenize_inputs(token_ids, operation)
         return merge([chunk async for chunk in self._send(inputs, **call)]).text
 
     async def describe(self, **call: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 # An input tensor's value, of type BYTES, BOOL, INT32 (a list) or BYTES (a list).
 Value = str | bool | list[int] | list[str]
@@ -38,8 +38,7 @@ class GenerateError(RuntimeError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """One of a request's n answers, or the new part of it in a chunk."""
 
     text: str = ""
@@ -53,8 +52,7 @@ class Output:
     stop_reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """One response: a whole answer, or the next part of a streamed answer."""
 
     outputs: tuple[Output, ...]  # the n answers, in order
@@ -190,9 +188,11 @@ def tokenize_inputs(
     )
 
 
-def detokenize_inputs(token_ids: Sequence[int]) -> Inputs:
-    """The input tensors of a request for the text of tokens. Raises ValueError."""
-    return {"operation": "detokenize", "input_ids": _token_ids(token_ids)}
+def detokenize_inputs(token_ids: Sequence[int], operation: str = "detokenize") -> Inputs:
+    """The input tensors of a request for the text of tokens, or of each ("token_texts"). Raises
+    ValueError.
+    """
+    return {"operation": operation, "input_ids": _token_ids(token_ids)}
 
 
 def _prompt_options(tools: Any, template: Any, add_special_tokens: bool | None) -> Inputs:

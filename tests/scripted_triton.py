@@ -105,6 +105,8 @@ class FakeModel:
         elif operation == "tokenize":
             text = self.render(asked)
             yield {"text_output": [text], "token_ids": [ord(char) for char in text]}
+        elif operation == "token_texts":
+            yield {"text_output": [json.dumps([*asked.prompt])]}
         elif operation == "detokenize":
             yield {"text_output": [asked.prompt]}
         else:

@@ -267,7 +267,9 @@ class TritonPythonModel:
             }
             return Result(json.dumps(facts))
         ids, text = self._tokenize(parsed)
-        if parsed.kind == "input_ids":
+        if parsed.operation == "token_texts":
+            text = json.dumps([self.tokenizer.token_text(id) for id in ids])
+        elif parsed.kind == "input_ids":
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
         if parsed.images:
             ids, _ = self._place(stream, parsed, ids, share)

@@ -73,6 +73,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "generate": tuple(INPUTS),
     "tokenize": (*PROMPTS, *TEMPLATE_INPUTS, "add_special_tokens", *MEDIA),
     "detokenize": ("input_ids",),
+    "token_texts": ("input_ids",),
     "describe": (),
 }
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
@@ -211,9 +212,9 @@ def _operation(tensors: Mapping[str, Array]) -> str:
 def _prompt(tensors: Mapping[str, Array], operation: str) -> tuple[str, Any]:
     if operation == "describe":
         return "", None
-    if operation == "detokenize":
+    if operation in ("detokenize", "token_texts"):
         if "input_ids" not in tensors:
-            raise InvalidField("input_ids", "missing, it holds the token ids to detokenize")
+            raise InvalidField("input_ids", f"missing, it holds the token ids for {operation}")
         return "input_ids", tensors["input_ids"]
     given = [name for name in PROMPTS if name in tensors]
     if not given:

@@ -67,7 +67,9 @@ def ask_server(arguments: Namespace, work: Callable[[Post], Awaitable[Any]]) -> 
 def measure_perplexity(arguments: Namespace) -> Figures:
     texts = perplexity.paragraphs(arguments.data or perplexity.HELD_OUT)
     if arguments.offline:
-        with LLM(model=arguments.offline) as llm:
+        with told(ValueError):  # of the checkpoint
+            llm = LLM(model=arguments.offline)
+        with llm:
             scores = perplexity.by_engine(llm, texts)
     else:
         scores = ask_server(arguments, partial(perplexity.by_openai, texts))

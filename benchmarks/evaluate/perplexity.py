@@ -19,19 +19,19 @@ Scores = list[list[float]]  # of each paragraph's tokens but the first: log prob
 
 
 def paragraphs(path: Path = HELD_OUT) -> list[str]:
-    """The paragraphs of a file. Raises ValueError if there is none."""
+    """The paragraphs of a file. Raises SystemExit if there is none."""
     found = [text.strip() for text in path.read_text().split("\n\n") if text.strip()]
     if not found:
-        raise ValueError(f"{path}: holds no paragraph")
+        raise SystemExit(f"{path}: holds no paragraph")
     return found
 
 
 def by_engine(llm: LLM, texts: list[str]) -> Scores:
-    """Raises RuntimeError for a paragraph that the engine refuses, as one that is too long."""
+    """Raises SystemExit for a paragraph that the engine refuses, as one that is too long."""
     answers = llm.generate(texts, SamplingParams(max_tokens=1, prompt_logprobs=0))
     for answer in answers:
         if answer.error is not None:
-            raise RuntimeError(answer.error)
+            raise SystemExit(answer.error)
     return [actual_scores(answer.prompt_logprobs) for answer in answers]
 
 

@@ -112,7 +112,7 @@ async def run(
         # Sentences differ in their tokens: a part is left for that.
         num_sentences = int((0.98 * length - max_tokens - base) / (longer - base) * probe)
         if num_sentences < 1:
-            raise ValueError(f"--length: {length} tokens leave no room for a text")
+            raise SystemExit(f"--length: {length} tokens leave no room for a text")
         samples = [make_sample(task, num_sentences, seed) for seed in range(num_samples)]
         answers = await asyncio.gather(*(ask(sample, max_tokens) for sample in samples))
         scores = [score(s, text) for s, (text, _) in zip(samples, answers, strict=True)]

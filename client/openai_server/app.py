@@ -7,6 +7,7 @@ After the first SIGTERM or SIGINT running answers end, new requests get status 5
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -63,7 +65,7 @@ def make_app(options: Options) -> FastAPI:
         if telemetry is not None:
             await asyncio.to_thread(telemetry.close)
 
-    app = FastAPI(openapi_url=None, lifespan=life)
+    app = FastAPI(openapi_url=None, lifespan=life, redirect_slashes=False)
     app.state.options = options
     open_paths = {"/health", *(web_page.FILES if options.ui else ())}
     app.state.door = Door(keys, -(-options.max_concurrency // options.processes), open_paths)
@@ -104,7 +106,9 @@ async def _explain(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     problem = f"{request.method} {path}: {error.detail}"
-    return error_response(path, ApiError(error.status_code, problem))
+    answer = error_response(path, ApiError(error.status_code, problem))
+    answer.headers.update(error.headers or {})  # Allow, of a wrong method
+    return answer
 
 
 class _Server(uvicorn.Server):
@@ -124,6 +128,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()  # what stays for ever need not be looked at again and again
         if self._tells:
             self._tell()
         self._draining = asyncio.create_task(self._drain())
@@ -145,6 +150,15 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _http() -> Any:
+    """The implementation of HTTP: with httptools, or uvicorn's without, which is bounded too."""
+    try:
+        from gllm_client.openai_server.bounded_http import BoundedHttp
+    except ImportError:
+        return "h11"
+    return BoundedHttp
+
+
 def serve(options: Options) -> int:
     """Serve until a signal; returns the exit status. Raises ValueError for a wrong option."""
     logging.basicConfig(level=logging.INFO, format="gllm openai: %(message)s")
@@ -155,12 +169,14 @@ def serve(options: Options) -> int:
         app,
         host=options.host,
         port=options.port,
+        http=_http(),
         ssl_certfile=options.tls_certificate,
         ssl_keyfile=options.tls_key,
         access_log=False,
         log_config=None,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )

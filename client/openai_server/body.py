@@ -130,7 +130,7 @@ def _explain(text: str, value: Any, path: str) -> ApiError:
     if field:
         place = f"{place}.{field['field']}".removeprefix(".")
         problem = "unknown field" if "unknown" in field["what"] else "it is required"
-    elif not match["key"]:
+    elif not match["key"] and "..." not in place:  # msgspec does not tell which key it is
         for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
             value = _below(value, step)
         problem = f"{shown(value)} is not valid ({problem[:1].lower()}{problem[1:]})"

@@ -210,6 +210,8 @@ def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel
     for key in ("audio", "function_call"):
         if key in checked:
             raise invalid(f"{path}.{key}", "it is not supported")
+    for key in ("reasoning", "reasoning_content"):
+        _text(checked.get(key) or "", f"{path}.{key}")
     refusal = checked.pop("refusal", None)
     content = message.get("content", refusal)
     if isinstance(content, list):
@@ -223,12 +225,18 @@ def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel
         function = call.get("function")
         if not isinstance(function, dict):
             raise invalid(f"{path}.tool_calls[{index}].function", "it is required")
+        _text(function.get("name"), f"{path}.tool_calls[{index}].function.name")
         if isinstance(text := function.get("arguments"), str):
             function = function | {"arguments": read_arguments(text)}
             calls[index] = call | {"function": function}
     if calls:
         checked["tool_calls"] = calls
     return checked | {"role": roles.get(role, role), "content": content}
+
+
+def _text(value: Any, path: str) -> None:
+    if not isinstance(value, str):
+        raise invalid(path, f"{shown(value)} is not text")
 
 
 def _part(path: str, part: Any, model: ServedModel) -> Json:
@@ -240,8 +248,7 @@ def _part(path: str, part: Any, model: ServedModel) -> Json:
     if kind not in ("text", "refusal"):
         problem = f"{shown(kind)} is not supported, only text, image_url and video_url"
         raise invalid(f"{path}.type", problem)
-    if not isinstance(part.get(kind), str):
-        raise invalid(f"{path}.{kind}", f"{shown(part.get(kind))} is not text")
+    _text(part.get(kind), f"{path}.{kind}")
     return text_part(part[kind])
 
 

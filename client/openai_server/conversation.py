@@ -41,6 +41,10 @@ class ToolChoice:
     kind: str = "auto"
     name: str = ""
 
+    @property
+    def forces_a_call(self) -> bool:
+        return self.kind in ("required", "named")
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

@@ -75,7 +75,8 @@ def as_given(error: ApiError, given: Collection[str]) -> ApiError:
 
 def from_triton(error: GenerateError) -> ApiError:
     """The HTTP form of a Triton error."""
-    sentence = str(error)
+    # Some of the template's variables are fields here.
+    sentence = re.sub(r"^chat_template_kwargs: (?=\w+: )", "", str(error))
     by_sentence = next((s for text, s in _SENTENCES.items() if re.match(text, sentence)), 503)
     status = _STATUSES.get(error.status or "", by_sentence)
     if by_sentence == 429 and status == 503:  # Triton's backends have no status for a full queue

@@ -7,26 +7,24 @@ this module alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Text:
+
+class Text(msgspec.Struct, frozen=True):
     """The next part of the visible answer; never empty."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(msgspec.Struct, frozen=True):
     """The next part of the model's thoughts; never empty."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallBegin:
+class CallBegin(msgspec.Struct, frozen=True):
     """A call of a function begins. `index`: 0 for the first call of the choice."""
 
     index: int
@@ -34,16 +32,14 @@ class CallBegin:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallArguments:
+class CallArguments(msgspec.Struct, frozen=True):
     """The next part of a call's arguments; all parts together are one JSON object."""
 
     index: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(msgspec.Struct, frozen=True):
     """Tokens that the model has written, as Triton's outputs tell them.
 
     Comes before the events that these tokens complete; a token's text may come later.
@@ -56,8 +52,7 @@ class Tokens:
     num_reasoning: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(msgspec.Struct, frozen=True):
     """The choice has ended. `reason`: "stop" or "length", as Triton's finish_reason."""
 
     reason: str

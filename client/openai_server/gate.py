@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gllm_client.openai_server.errors import ApiError, as_api_error, as_given
@@ -59,9 +60,9 @@ class Keys:
             for key, *name in keys
         } or self._tenants
 
-    def tenant(self, key: str) -> str | None:
-        """The tenant of a key, "" if it has none; None for a wrong key, of which every one takes
-        the same time.
+    def find(self, key: str) -> tuple[str, bytes] | None:
+        """The tenant of a key, "" if it has none, and the key's digest; None for a wrong key, of
+        which every one takes the same time.
         """
         try:
             self._read()
@@ -69,7 +70,7 @@ class Keys:
             _LOG.warning("the earlier keys stay: %s", error)
         digest = sha256(key.encode("utf-8", "replace")).digest()
         found = [known for known in self._tenants if hmac.compare_digest(digest, known)]
-        return self._tenants[found[0]] if found else None
+        return (self._tenants[digest], digest) if found else None
 
 
 class Door:
@@ -84,26 +85,28 @@ class Door:
         self.draining = False
         self.running = 0  # POST requests that have not ended
 
-    def check(self, scope: Scope) -> str:
-        """The tenant of a request that may come in; it counts as running already.
+    def check(self, scope: Scope) -> tuple[str, bytes]:
+        """The tenant of a request that may come in, and if it has none, the digest of its key; it
+        counts as running already.
 
         Raises ApiError for any other. Without keys, the header x-tenant names the tenant.
         """
         if self.draining:
             raise ApiError(503, "this server is about to stop")
         tenant = Headers(scope=scope).get("x-tenant", "")
+        digest = b""
         if self._keys is not None and scope["path"] not in self._open_paths:
             if tenant:
                 raise ApiError(400, "x-tenant: here the API key names the tenant", "x-tenant")
-            found = self._keys.tenant(_key(scope))
+            found = self._keys.find(_key(scope))
             if found is None:
                 problem = "a valid API key is required, as Authorization: Bearer KEY"
                 raise ApiError(401, problem, code="invalid_api_key")
-            tenant = found
+            tenant, digest = found
         if scope["method"] == "POST" and self.running > self._max_concurrency:
             problem = f"{self._max_concurrency} requests are running (--max-concurrency)"
             raise ApiError(429, problem, code="rate_limit_exceeded")
-        return tenant
+        return tenant, b"" if tenant else digest
 
 
 class Gate:
@@ -121,6 +124,7 @@ class Gate:
         given = Headers(scope=scope).get("x-request-id", "")
         state["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(16)
         state["answered"] = False
+        state["send"] = send
         started = False
 
         async def reply(message: Message) -> None:
@@ -137,10 +141,13 @@ class Gate:
         counted = scope["method"] == "POST"
         self._door.running += counted
         try:
-            state["tenant"] = self._door.check(scope)
+            state["owner"] = self._door.check(scope)  # of what is stored
+            state["tenant"] = state["owner"][0]
+            if scope["method"] == "HEAD":  # the server keeps the answer's body to itself
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, reply)
-        except asyncio.CancelledError:
-            if "left" not in state:
+        except (asyncio.CancelledError, ClientDisconnect) as error:
+            if "left" not in state and isinstance(error, asyncio.CancelledError):
                 raise
             _LOG.info("request %s: its client has left", state["request_id"])
         except Exception as error:

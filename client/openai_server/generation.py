@@ -9,13 +9,13 @@ Closing the answer, or cancelling the task that iterates, cancels the Triton req
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing
 from typing import Any
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server.conversation import Conversation
-from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.errors import ApiError, as_given, invalid
 from gllm_client.openai_server.events import (
     CallArguments,
     CallBegin,
@@ -44,6 +44,7 @@ class Answer:
         prompt_text: str,
         chunks: AsyncGenerator[Chunk, None],
         choices: list[_Choice],
+        form_fields: Collection[str] = (),
     ) -> None:
         self.prompt_ids = prompt_ids  # with one token for each image
         self.num_prompt_tokens = len(prompt_ids)  # with images: known when the first event comes
@@ -52,6 +53,7 @@ class Answer:
         self.prompt_logprobs: list[Any] | None = None  # likewise, if requested
         self._chunks = chunks
         self._choices = choices
+        self._form_fields = form_fields  # which the structured outputs are of, if that is known
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         async for batch in self.batches():
@@ -63,16 +65,19 @@ class Answer:
 
         Closing the generator cancels what has not ended.
         """
-        async with aclosing(self._chunks) as chunks:
-            async for chunk in chunks:
-                self.num_cached_tokens = chunk.num_cached_tokens or self.num_cached_tokens
-                self.num_prompt_tokens = chunk.num_input_tokens or self.num_prompt_tokens
-                self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
-                batch: Batch = []
-                for index, output in enumerate(chunk.outputs):
-                    batch += [(index, event) for event in self._choices[index].feed(output)]
-                if batch:
-                    yield batch
+        try:
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    self.num_cached_tokens = chunk.num_cached_tokens or self.num_cached_tokens
+                    self.num_prompt_tokens = chunk.num_input_tokens or self.num_prompt_tokens
+                    self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+                    batch: Batch = []
+                    for index, output in enumerate(chunk.outputs):
+                        batch += [(index, event) for event in self._choices[index].feed(output)]
+                    if batch:
+                        yield batch
+        except ApiError as error:
+            raise as_given(error, self._form_fields) from None
 
     async def aclose(self) -> None:
         """Cancel what has not ended."""
@@ -147,8 +152,11 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
     thinks = model.format.in_thoughts(text)
     sampling = with_defaults(model, conversation.sampling)
     form = model.format.constraint(conversation, thinks)
+    form_fields: Collection[str] = ()
     if form is not None:
         sampling["structured_outputs"] = form
+        is_of_tools = conversation.form is None or conversation.tool_choice.forces_a_call
+        form_fields = ("tools",) if is_of_tools else ()
     special: list[str] = []  # those that the text may hold
     if model.format.needs_special_tokens:
         special = list(model.format.special_tokens)
@@ -162,7 +170,8 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
         choices.append(
             _Choice(parser, conversation.include_reasoning, stops, model.count_malformed)
         )
-    return Answer(ids, text, model.generate(ids, sampling, request_id, media), choices)
+    chunks = model.generate(ids, sampling, request_id, media)
+    return Answer(ids, text, chunks, choices, form_fields)
 
 
 async def count_tokens(model: ServedModel, conversation: Conversation, request_id: str = "") -> int:

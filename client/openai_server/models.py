@@ -60,10 +60,11 @@ class ServedModel:
             chunk = await self.client.tokenize(model=self.name, request_id=request_id, **prompt)
         return list(chunk.token_ids), chunk.text
 
-    async def detokenize(self, ids: list[int], request_id: str) -> str:
-        """The text of tokens, special ones included."""
+    async def detokenize(self, ids: list[int], request_id: str, **how: str) -> str:
+        """The text of tokens, special ones included; `how`: as to the client's detokenize."""
+        call = {"model": self.name, "request_id": request_id} | how
         with _api_errors():
-            text: str = await self.client.detokenize(ids, model=self.name, request_id=request_id)
+            text: str = await self.client.detokenize(ids, **call)
         return text
 
     async def generate(

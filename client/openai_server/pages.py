@@ -162,7 +162,8 @@ async def tokenize(request: Request) -> Response:
         )
     answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids}
     if strings:
-        answer["token_strs"] = [await model.detokenize([id], request_id(request)) for id in ids]
+        texts = await model.detokenize(ids, request_id(request), operation="token_texts")
+        answer["token_strs"] = msgspec.json.decode(texts)
     return JsonResponse(answer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 
@@ -25,33 +26,33 @@ class StoredResponse:
 class ResponseStore:
     """At most `max_responses` answers of `max_bytes` together; the least recently used go first.
 
-    With `max_responses` 0 nothing is stored.
+    With `max_responses` 0 nothing is stored. A key holds the answer's owner and id.
     """
 
     def __init__(self, max_responses: int, max_bytes: int) -> None:
         self.max_responses = max_responses
         self.max_bytes = max_bytes
-        self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._by_key: OrderedDict[Hashable, StoredResponse] = OrderedDict()
         self._size = 0
 
-    def put(self, id: str, stored: StoredResponse) -> None:
-        """Store an answer under a new id. One that is too large by itself is not stored."""
+    def put(self, key: Hashable, stored: StoredResponse) -> None:
+        """Store an answer under a new key. One that is too large by itself is not stored."""
         if stored.size > self.max_bytes:
             return
-        self._by_id[id] = stored
+        self._by_key[key] = stored
         self._size += stored.size
-        while len(self._by_id) > self.max_responses or self._size > self.max_bytes:
-            self.delete(next(iter(self._by_id)))
+        while len(self._by_key) > self.max_responses or self._size > self.max_bytes:
+            self.delete(next(iter(self._by_key)))
 
-    def get(self, id: str) -> StoredResponse | None:
-        stored = self._by_id.get(id)
+    def get(self, key: Hashable) -> StoredResponse | None:
+        stored = self._by_key.get(key)
         if stored is not None:
-            self._by_id.move_to_end(id)
+            self._by_key.move_to_end(key)
         return stored
 
-    def delete(self, id: str) -> bool:
+    def delete(self, key: Hashable) -> bool:
         """Whether there was such an answer."""
-        stored = self._by_id.pop(id, None)
+        stored = self._by_key.pop(key, None)
         if stored is None:
             return False
         self._size -= stored.size

@@ -286,11 +286,15 @@ def _store(request: Request) -> ResponseStore:
     return store
 
 
-def _earlier(store: ResponseStore, id: str | None) -> Items:
+def _find(request: Request, id: str) -> StoredResponse | None:
+    return _store(request).get((request.state.owner, id))
+
+
+def _earlier(request: Request, id: str | None) -> Items:
     """The conversation that a stored answer ended. Raises ApiError."""
     if id is None:
         return []
-    stored = store.get(id)
+    stored = _find(request, id)
     if stored is None:
         field = "previous_response_id"
         problem = f"{field}: no answer {shown(id)} is stored (any more): send the whole input"
@@ -306,7 +310,7 @@ async def create(request: Request) -> Response:
     store = _store(request)
     asked = msgspec.structs.replace(asked, store=asked.store and store.max_responses > 0)
     model = await find_model(request, asked.model)
-    earlier = _earlier(store, asked.previous_response_id)
+    earlier = _earlier(request, asked.previous_response_id)
     conversation, toolbox = to_conversation(asked, model, earlier)
     answer = await generation.answer(model, conversation, request_id(request))
     run = Run(asked, model.name, answer, toolbox)
@@ -315,7 +319,7 @@ async def create(request: Request) -> Response:
         if asked.store:
             items = earlier + listed(input_items(asked)) + run.writer.items
             stored = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(items))
-            store.put(response["id"], stored)
+            store.put((request.state.owner, response["id"]), stored)
 
     if asked.stream:
         return EventStream(run.stream(finish))
@@ -355,7 +359,7 @@ async def list_input(request: Request, id: str) -> Response:
 async def delete(request: Request, id: str) -> Response:
     """Forget a stored response."""
     _stored(request, id)
-    _store(request).delete(id)
+    _store(request).delete((request.state.owner, id))
     return JsonResponse({"id": id, "object": "response", "deleted": True})
 
 
@@ -367,7 +371,7 @@ async def cancel(request: Request, id: str) -> Response:
 
 
 def _stored(request: Request, id: str) -> StoredResponse:
-    stored = _store(request).get(id)
+    stored = _find(request, id)
     if stored is None:
         raise ApiError(404, f"no response {shown(id)} is stored", code="not_found")
     return stored

@@ -50,11 +50,14 @@ async def read_body(request: Request, kind: type[T]) -> T:
     """The JSON body as a msgspec Struct; null means not given. From here on, a client that leaves
     cancels the route.
 
-    Raises ApiError 400 (not JSON, a wrong field), 413 (too large), 415 (another content type).
+    Raises ApiError 400 (not JSON, a wrong field), 413 (too large), 415 (another content type or an
+    encoding of it).
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise ApiError(415, f"content-type: application/json is expected, got {shown(media)}")
+    if encoding := request.headers.get("content-encoding"):
+        raise ApiError(415, f"content-encoding: {shown(encoding)} is not supported")
     body = await _read(request, request.app.state.options.max_body_size)
     request.state.watch = asyncio.create_task(_watch(request, asyncio.current_task()))
     value = decode(body)
@@ -151,6 +154,8 @@ class EventStream(Response):
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
             await send({"type": "http.response.body", "body": first, "more_body": True})
+            # Layers between here and the server have work with an answer's first and last message.
+            send_piece = scope["state"]["send"]
             async for piece in pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send_piece({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

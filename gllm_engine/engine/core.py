@@ -654,7 +654,7 @@ def model_len(config: EngineConfig, arch: Model, capacity: int) -> int:
 def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> StepRunner:
     """`recorder`: of this process, for a model that runs in it."""
     if config.device == "none":
-        return NullRunner(arch.vocab, config.num_pages, config.num_snapshots)
+        return NullRunner(arch.vocab, config)
     from gllm_engine.workers.build_runner import (
         check_encoder_gpus,
         check_shards,

@@ -1,4 +1,4 @@
-"""A runner without a model: it answers every step at once with made-up tokens.
+"""A runner without a model: it answers every step with made-up tokens, at once or at a set pace.
 
 It serves to measure everything around the model (`device: "none"`): scheduler, channels, front
 ends, tritonserver. It honours the runner's contract, logprobs included.
@@ -7,8 +7,11 @@ ends, tritonserver. It honours the runner's contract, logprobs included.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
+from random import Random
 
+from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import (
     ImagePixels,
@@ -26,27 +29,31 @@ DEFAULT_SNAPSHOTS = 1024
 @dataclass(frozen=True)
 class NullStep:
     result: StepResult
+    due: float  # on the monotonic clock
 
     def wait(self) -> StepResult:
+        time.sleep(max(0.0, self.due - time.monotonic()))
         return self.result
 
 
 class NullRunner:
-    """Draws uniform tokens of the vocabulary from a fixed linear congruential sequence."""
+    """Draws uniform tokens of the vocabulary from a fixed random sequence."""
 
-    def __init__(self, vocab: int, num_pages: int | None, num_snapshots: int | None) -> None:
-        """`num_pages`, `num_snapshots`: None: DEFAULT_PAGES, DEFAULT_SNAPSHOTS."""
-        self.num_pages = num_pages or DEFAULT_PAGES
-        self.num_snapshots = DEFAULT_SNAPSHOTS if num_snapshots is None else num_snapshots
-        self._vocab = vocab
-        self._last = 1
+    def __init__(self, vocab: int, config: EngineConfig) -> None:
+        self.num_pages = config.num_pages or DEFAULT_PAGES
+        snapshots = config.num_snapshots
+        self.num_snapshots = DEFAULT_SNAPSHOTS if snapshots is None else snapshots
+        self._tokens_per_s = config.null_tokens_per_s
+        self._due = 0.0  # when the last step ends
+        self._tokens = range(vocab)
+        self._random = Random(1)
         self._sampling: dict[int, SamplingParams] = {}  # by slot
 
     def launch(self, plan: StepPlan) -> NullStep:
         for new in plan.new:
             self._sampling[new.slot] = new.sampling
         slots = plan.decode_slots + [chunk.slot for chunk in plan.chunks if chunk.samples]
-        tokens = [self._draw() for _ in slots]
+        tokens = self._random.choices(self._tokens, k=len(slots))
         scored = zip(slots, tokens, strict=True)
         logprobs = {
             slot: self._score(token)
@@ -54,7 +61,8 @@ class NullRunner:
             if self._sampling[slot].logprobs is not None
         }
         prompts = {c.slot: [self._score(t) for t in c.targets] for c in plan.chunks if c.targets}
-        return NullStep(StepResult(plan.step, tokens, logprobs, prompts))
+        self._due = max(self._due, time.monotonic()) + len(tokens) / self._tokens_per_s
+        return NullStep(StepResult(plan.step, tokens, logprobs, prompts), self._due)
 
     def put_images(self, images: list[ImagePixels]) -> None:
         """Does nothing: no token depends on them."""
@@ -80,9 +88,5 @@ class NullRunner:
     def close(self) -> None:
         self._sampling.clear()
 
-    def _draw(self) -> int:
-        self._last = (self._last * 1_103_515_245 + 12_345) & 0x7FFF_FFFF
-        return (self._last >> 8) % self._vocab
-
     def _score(self, token: int) -> TokenLogprobs:
-        return TokenLogprobs([token], [-math.log(self._vocab)], [1])
+        return TokenLogprobs([token], [-math.log(len(self._tokens))], [1])

@@ -121,7 +121,7 @@ def test_images_are_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_model_and_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOpenAI(completion) as server:
         url = server.url
-        with pytest.raises(RuntimeError, match="serves no model other"):
+        with pytest.raises(SystemExit, match="serves no model other"):
             sent(url, monkeypatch, model="other")
     with pytest.raises(GenerateError, match="the server fails: ClientConnectorError"):
         sent(url, monkeypatch)
@@ -197,7 +197,11 @@ def test_the_client_is_no_bottleneck(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--openai http://x --all", "--openai: --model is needed too"),
         ("--address x --model m --all --api chat", "they are of an OpenAI server"),
         ("--start x --all --api-key-file k", "they are of an OpenAI server"),
-        ("--openai http://x --model m --all --timeline t", "--timeline: it is of a server to"),
+        (
+            "--openai http://x --model m --all --timeline t",
+            "--timeline, --gateway: they are of a server",
+        ),
+        ("--openai http://x --model m --all --gateway 1", "they are of a server to start, once"),
         ("--openai http://x --address x --model m", "not allowed with"),
     ],
 )

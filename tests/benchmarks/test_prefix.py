@@ -42,7 +42,7 @@ def test_a_prompt_begins_with_the_one_before() -> None:
     "name", ["", "users", "chats:1:2", "chats:1:1:1:1:1:0", "chats:1:1:1:1:1:x"]
 )
 def test_unknown_workloads_are_named(name: str) -> None:
-    with pytest.raises(ValueError, match="is not chats:users:rounds:systems:system_len"):
+    with pytest.raises(SystemExit, match="is not chats:users:rounds:systems:system_len"):
         chats(name)
 
 
@@ -102,7 +102,7 @@ def test_mooncake(tmp_path: Path) -> None:
 def test_what_is_no_trace_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(SystemExit, match=sentence):
         read_mooncake(path, vocab=10)
 
 

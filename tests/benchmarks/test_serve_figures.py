@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -12,14 +14,24 @@ import pytest
 from gllm_benchmarks import evaluate, host, offline, prefix, serve, simulate, sweep
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
-from gllm_benchmarks.record import number
+from gllm_benchmarks.record import number, told
 from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize, times_of
+from gllm_benchmarks.served_model import cpu_seconds
+from gllm_client import GenerateError
 
 NUMBER_FLAGS = {
     *("--streams", "--tokens", "--steps", "--front-ends", "--repeat", "--timeout", "--vocab"),
     *("--seconds", "--concurrency", "--clients", "--limit", "--rate", "--seed", "--slo", "--pp"),
     *("--share", "--within", "--block", "--length", "--samples", "--max-tokens"),
-    *("--gpus-per-stage", "--bandwidth", "--flops", "--activation-bytes", "--link", "--latency"),
+    *(
+        "--gateway",
+        "--gpus-per-stage",
+        "--bandwidth",
+        "--flops",
+        "--activation-bytes",
+        "--link",
+        "--latency",
+    ),
 }
 
 
@@ -55,6 +67,46 @@ def test_summary() -> None:
     # Four keep the first limit, six the second: four keep both. What failed is never good.
     assert figures["goodput"]["share"] == pytest.approx(4 / 11)
     assert figures["goodput"]["requests_per_s"] == pytest.approx(4 / 17.9)
+
+
+def test_each_load_goes_through_the_openai_server_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def load(address: str, model: str, jobs: Any, arrivals: int, **options: Any) -> Any:
+        sent.append((address, options["api"]))
+        return [made(0.0, [1.0, 2.0], [1, 10]) for _ in jobs]
+
+    monkeypatch.setattr(serve, "run_load", load)
+    monkeypatch.setattr("sys.argv", "serve --start m --concurrency 2,4 --gateway 1".split())
+    served = serve.Served("grpc", "m", 100, openai="h:1")
+    runs = serve.measure(served, serve.parse_arguments(), [], [(5, 11)] * 4)
+    assert [*runs] == [f"{n} at a time{way}" for n in (2, 4) for way in ("", ", gllm openai")]
+    ways = [("grpc", "grpc"), ("http://h:1", "completions")]
+    assert sent == ways * 3  # to warm up, and of each load
+
+
+def test_the_cpu_time_of_the_parts() -> None:
+    busy = "import os, time\nwhile time.process_time() < 0.2: pass\nprint(1, flush=True)\ninput()"
+    before = cpu_seconds()
+    command = [sys.executable, "-c", busy, "gllm_engine"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        alive = cpu_seconds() - before
+        process.communicate(b"\n")
+    ended = cpu_seconds() - before
+    assert alive["gllm_engine"] > 0.15 and alive["clients"] < 0.1
+    assert ended["clients"] > 0.15 and "gllm_engine" not in ended
+
+
+def test_a_failure_is_a_sentence_and_a_bug_has_its_traceback() -> None:
+    for error in (GenerateError("x"), FileNotFoundError("x")):
+        with pytest.raises(SystemExit, match="x"), told():
+            raise error
+    for bug in (RuntimeError("dictionary changed size"), ValueError("not enough values")):
+        with pytest.raises(type(bug)), told():
+            raise bug
+        with pytest.raises(SystemExit), told(type(bug)):
+            raise bug
 
 
 def test_nothing_came() -> None:
@@ -150,7 +202,7 @@ def test_every_number_flag_of_the_benchmarks_has_a_range(
         ("serve --start m --rate 2 --vary a=1", "--vary: it needs --within"),
         (
             "sweep --start m --rate 2 --slo ttft=1 --timeline t",
-            "--timeline: it is of a server to start, once",
+            "--timeline, --gateway: they are of a server to start, once",
         ),
     ],
 )

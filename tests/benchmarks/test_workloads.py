@@ -71,7 +71,7 @@ def test_fixed_lengths(name: str, expected: list[tuple[int, int]]) -> None:
     ["", "shared", "fixed:1:2", "image:2:1", "fixed:1:0:2", "fixed:1:2:-3", "fixed:10000000:1:1"],
 )
 def test_unknown_workloads_are_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"workload '{name}' is unknown; known are share, 1k1k"):
+    with pytest.raises(SystemExit, match=f"workload '{name}' is unknown; known are share, 1k1k"):
         lengths(name)
 
 
@@ -111,13 +111,13 @@ def test_azure_trace(tmp_path: Path) -> None:
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(TRACE + "2023-11-17 00:00:03,seven,1\n")
-    with pytest.raises(ValueError, match="request 4"):
+    with pytest.raises(SystemExit, match="request 4"):
         read_azure(path)
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="TIMESTAMP"):
+    with pytest.raises(SystemExit, match="TIMESTAMP"):
         read_azure(path)
     path.write_text("")
-    with pytest.raises(ValueError, match="no request"):
+    with pytest.raises(SystemExit, match="no request"):
         read_azure(path)
 
 

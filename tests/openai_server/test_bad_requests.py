@@ -26,6 +26,11 @@ def schema(value: dict[str, Any]) -> dict[str, Any]:
 
 TEXT_FORMAT = {"format": {"type": "json_schema", "name": "x", "schema": {}}}
 TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
+REQUIRED: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required"}
+REQUIRED_OF_RESPONSES = REQUIRED | {
+    "tools": [{"type": "function", "name": "f"}],
+    "text": TEXT_FORMAT,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +142,25 @@ def canary(served: Served) -> Iterator[None]:
             "response_format",
             "x-guidance",
         ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}
+                ]
+            },
+            "messages[0].tool_calls[0].function.name",
+            "None is not text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning": ["b"]}]},
+            "messages[0].reasoning",
+            "['b'] is not text",
+        ),
+        (
+            {"messages": USER, "logit_bias": {"5": "x"}},
+            "logit_bias[...]",
+            "Expected float, got str",
+        ),
         ({"messages": USER, "reasoning_effort": "much"}, "reasoning_effort", "'much'"),
         ({"messages": USER, "documents": [{}]}, "documents", "template takes none"),
         (
@@ -162,6 +186,14 @@ def test_a_wrong_field_is_named(
         (CHAT, {"response_format": schema({})}, "structured_outputs", "response_format"),
         (CHAT, {"structured_outputs": {"json": {}}}, "structured_outputs", "structured_outputs"),
         (CHAT, {"tools": [TOOL]}, "structured_outputs", "tools"),
+        (
+            CHAT,
+            {"tools": [TOOL], "response_format": {"type": "text"}},
+            "structured_outputs",
+            "tools",
+        ),
+        (CHAT, REQUIRED | {"response_format": schema({})}, "structured_outputs", "tools"),
+        ("/v1/responses", REQUIRED_OF_RESPONSES, "structured_outputs", "tools"),
         (CHAT, {"max_completion_tokens": 7}, "max_tokens", "max_completion_tokens"),
         (CHAT, {"max_tokens": 7}, "max_tokens", "max_tokens"),
         (
@@ -308,6 +340,7 @@ def test_routes_that_are_refused_by_name(served: Served, path: str) -> None:
     ("sentence", "status", "param"),
     [
         ("temperature: 200.0 is outside [0.0, 100.0]", 400, "temperature"),
+        ("chat_template_kwargs: thinking is never read", 400, "chat_template_kwargs"),
         ("the queue is full: 4096 requests are waiting (max_waiting)", 429, None),
         ("the engine has ended and another one is being started", 503, None),
         ("an internal error, see the server's log", 500, None),
@@ -323,6 +356,14 @@ def test_errors_of_triton(served: Served, sentence: str, status: int, param: str
         assert answer.json()["error"]["param"] == param
         assert ("retry-after" in answer.headers) == (status in (429, 503))
     served.model.refusal = None
+
+
+def test_the_switches_of_the_template_are_fields(served: Served) -> None:
+    served.model.refusal = "chat_template_kwargs: continue_final_message: it has no content"
+    status, field, message = served.refused(CHAT, messages=USER, continue_final_message=True)
+    served.model.refusal = None
+    assert (status, field) == (400, "continue_final_message")
+    assert message == "continue_final_message: it has no content"
 
 
 def test_a_stream_that_fails_half_way(served: Served) -> None:

@@ -75,6 +75,33 @@ def test_a_key_names_its_tenant(served: Served, tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-tenant")
 
 
+def test_stored_answers_are_those_of_a_key_or_its_tenant(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alpha one\nbeta one\ngamma\ndelta\n")
+    with serve(served.triton, api_key_file=str(file)) as guarded:
+
+        def status(key: str, method: str, path: str, **body: Any) -> int:
+            answer = guarded.http.request(
+                method, f"/v1/responses{path}", headers=bearer(key), json=body or None
+            )
+            return answer.status_code
+
+        for owner, others, friend in (
+            ("alpha", "gamma", "beta"),
+            ("gamma", "alpha delta", "gamma"),
+        ):
+            answer = guarded.http.post("/v1/responses", json={"input": "a"}, headers=bearer(owner))
+            path = f"/{answer.json()['id']}"
+            more = {"input": "b", "previous_response_id": answer.json()["id"]}
+            for other in others.split():
+                assert status(other, "GET", path) == status(other, "GET", "/none") == 404
+                assert status(other, "GET", f"{path}/input_items") == 404
+                assert status(other, "DELETE", path) == 404
+                assert status(other, "POST", "", **more) == 400
+            assert status(friend, "POST", "", **more) == status(friend, "GET", path) == 200
+            assert status(friend, "DELETE", path) == 200 and status(owner, "GET", path) == 404
+
+
 def test_without_keys_a_header_names_the_tenant(served: Served) -> None:
     assert served.http.post(CHAT, json=BODY, headers={"x-tenant": "blue"}).status_code == 200
     assert asked_for(served) == "blue"

@@ -64,6 +64,8 @@ def test_tokens(served: Served) -> None:
         "tokens": [97, 98],
         "token_strs": ["a", "b"],
     }
+    operations = [asked.inputs.get("operation") for asked in served.model.asked]
+    assert [*filter("describe".__ne__, operations)] == ["tokenize", "token_texts"]
     chat = served.post("/tokenize", messages=[{"role": "user", "content": "a"}]).json()
     assert "".join(map(chr, chat["tokens"])) == "<|user|>\na\n<|assistant|>"
     assert served.post("/detokenize", tokens=[97, 98]).json() == {"prompt": "ab"}

@@ -46,7 +46,9 @@ def test_each_response_of_triton_is_written_at_once() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(EventStream(writer(BATCHES).stream())({"type": "http"}, None, send))  # type: ignore[arg-type]
+    asyncio.run(
+        EventStream(writer(BATCHES).stream())({"type": "http", "state": {"send": send}}, None, send)
+    )  # type: ignore[arg-type]
     bodies = [message["body"] for message in sent[1:]]
     assert len(bodies) == len(BATCHES) + 2  # [DONE], and the end of the body
     assert [body.count(b"data:") for body in bodies] == [3, 1, 2, 1, 0]

@@ -26,7 +26,7 @@ class Load:
         values = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "enable_prefix_caching": False}
         self.config = EngineConfig(model=".", **values | config)
         self.scheduler = Scheduler(self.config, num_pages, 2000, ())
-        self.runner = NullRunner(100, num_pages, None)
+        self.runner = NullRunner(100, self.config)
         self.sequences: list[Sequence] = []
         self.live: dict[str, int] = {}
         self.service: dict[str, int] = {}

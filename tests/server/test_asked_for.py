@@ -20,6 +20,7 @@ from odd_lines import check_odd_lines
 from gllm_client import Chunk, Client, GenerateError, connect, merge
 from gllm_client.__main__ import main
 from gllm_client.local_answers import LocalAnswers
+from gllm_client.protocol import detokenize_inputs
 from gllm_engine import LLM, RequestOutput, SamplingParams
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
@@ -247,6 +248,8 @@ def test_what_a_server_in_front_needs_to_know(server: Server, offline: LLM, sche
         assert (tokens.text, tokens.num_input_tokens) == (prompt, len(tokens.token_ids))
         shown = offline.tokenizer.decode(tokens.token_ids, skip_special_tokens=False)
         assert client.detokenize(tokens.token_ids) == shown
+        texts = merge(client._send(detokenize_inputs(tokens.token_ids, "token_texts"))).text
+        assert "".join(json.loads(texts)) == shown
         facts = client.describe()
         assert facts["model"] == MODEL and facts["vocab_size"] == offline.engine.info.vocab_size
         assert facts["special_tokens"] == offline.tokenizer.special_tokens

@@ -151,5 +151,5 @@ def test_a_sweep_of_two_policies(tmp_path: Path, ttft: str, rates: list[float]) 
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(RuntimeError, match="before it began"):
+    with pytest.raises(SystemExit, match="before it began"):
         run_load("127.0.0.1:9", MODEL, [Job([1], 1)], 1)

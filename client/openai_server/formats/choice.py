@@ -92,7 +92,7 @@ class Format:
         """
         choice = conversation.tool_choice
         tools = () if choice.kind == "none" else conversation.tools
-        is_required = choice.kind in ("required", "named")
+        is_required = choice.forces_a_call
         if choice.kind == "named":
             tools = tuple(tool for tool in tools if tool.name == choice.name)
         if is_required and not tools:
