@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 240_000,
+    ("gllm_engine",): 242_900,
     ("backend", "client"): 73_700,
     ("benchmarks",): 30_700,
 }
