@@ -296,8 +296,8 @@ def takes_blocks(x: Rows, matrix: Weight, rows: int) -> bool:
 
 
 def multiply_blocks(
-    x: RoundedRows,
-    matrix: Fp8Weight,
+    x: Rows,
+    matrix: Weight,
     order: Tensor,
     groups: Tensor,
     top_k: int,
@@ -306,6 +306,7 @@ def multiply_blocks(
     out_scales: Tensor,
 ) -> None:
     """See grouped_product. `out_scales`: [groups of columns, padded] if `out` is float8."""
+    assert isinstance(x, RoundedRows) and isinstance(matrix, Fp8Weight)
     _, width, depth = matrix.shape
     tiles = TensorDescriptor.from_tensor(matrix.numbers.view(-1, depth), [BLOCK, BLOCK], _TILE)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
