@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
@@ -26,8 +26,7 @@ DEFAULT_PAGES = 65_536
 DEFAULT_SNAPSHOTS = 1024
 
 
-@dataclass(frozen=True)
-class NullStep:
+class NullStep(NamedTuple):
     result: StepResult
     due: float  # on the monotonic clock
 

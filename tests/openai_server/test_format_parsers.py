@@ -81,12 +81,32 @@ def garbage(name):
 def test_garbage_is_text_and_no_word_is_lost(name, data):
     text = data.draw(garbage(name))
     in_thoughts = data.draw(st.booleans())
-    whole, _ = parse(name, text, in_thoughts=in_thoughts)
-    cut, _ = parse(name, text, range(len(text)), in_thoughts=in_thoughts)
-    assert joined(cut) == joined(whole)
+    check_cuts(name, text, in_thoughts)
+
+
+def check_cuts(name, text, in_thoughts=False):
+    whole, one = parse(name, text, in_thoughts=in_thoughts)
+    cut, other = parse(name, text, range(len(text)), in_thoughts=in_thoughts)
+    assert joined(cut) == joined(whole) and one.malformed == other.malformed
     if name != "gpt_oss":  # the header of a message is no text
         seen = "".join(f"{e.id} {e.name}" if isinstance(e, CallBegin) else e.text for e in whole)
         assert set(re.findall(r"word\d+!", text)) <= set(re.findall(r"word\d+!", seen))
+
+
+@pytest.mark.parametrize(
+    "between", ["x <tool_call>\n", " x\n\ny ", "\n\n", "x", " ", "<parameter", ""]
+)
+@pytest.mark.parametrize(
+    "end", ["", "</function>\n</tool_call>", "<parameter=a>\n1\n</parameter>\n"]
+)
+def test_text_between_arguments_is_kept_however_it_is_cut(between, end):
+    text = f"<tool_call>\n<function=get_weather>\n{between}{end} word1!"
+    check_cuts("qwen3_coder", text)
+    events, parser = parse(
+        "qwen3_coder", f"<tool_call>\n<function=f>\n{between}</function>\n</tool_call>"
+    )
+    words = "".join(event.text for event in events if isinstance(event, Text))
+    assert words.strip() == between.strip() and parser.malformed == bool(words)
 
 
 @pytest.mark.parametrize("name", FORMATS)

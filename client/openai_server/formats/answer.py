@@ -65,6 +65,11 @@ class Answer:
         self._space = []
         self._gap = gap
 
+    @property
+    def has_words(self) -> bool:
+        """Whether text has come since the last mark, and no white space alone."""
+        return self._gap is None
+
     def malform(self, text: str) -> None:
         """What should be a call is none: it is text."""
         self.malformed += 1

@@ -286,8 +286,10 @@ class OutputParser:
         sink("{")
         separator = ""
         while mark != end:
-            if mark != key_begin:
-                mark = yield from self._reader.upto(marks(key_begin, end), self._misplaced)
+            if mark != key_begin:  # only white space belongs here
+                self._answer.mark()
+                mark = yield from self._reader.upto(marks(key_begin, end), self._answer.text)
+                self._answer.malformed += self._answer.has_words
             if not mark:
                 self._answer.malformed += 1
                 return
@@ -296,11 +298,6 @@ class OutputParser:
                 mark = yield from self._read_argument(self._tools.get(name), sink)
                 separator = ", "
         sink("}")
-
-    def _misplaced(self, text: str) -> None:
-        """Text between arguments; only white space belongs there."""
-        if text.strip():
-            self._answer.malform(text)
 
     def _read_argument(self, schema: Any, sink: Sink) -> Steps[str]:
         """Read a key and its value. Returns the last mark: "" if the text has ended."""
