@@ -242,5 +242,6 @@ def test_nothing_leaks_in_a_process(tmp_path: Path, owner: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_nothing_leaks_in_a_process_on_a_gpu(owner: int) -> None:
     run_process(SHAKESPEARE, owner, Traffic(PLAIN + MASKED), device="cuda")

@@ -258,6 +258,7 @@ def test_spare_layers_have_memory_for_weights_pages_and_states() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("family", KEPT)
 def test_a_second_trial_finds_the_same_memory(family: str) -> None:
     """The first one makes what steps keep: it is free no more, and is not asked for again."""

@@ -63,6 +63,7 @@ def test_memory_is_free_again_although_a_writer_was_killed() -> None:
     assert before - torch.cuda.memory_allocated(0) >= 2 * TOKENS * NUMBERS * 2
 
 
+@pytest.mark.whole_gpu
 def test_what_a_writer_takes_of_the_gpu_is_left_free_for_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

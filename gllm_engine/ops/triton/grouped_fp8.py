@@ -27,6 +27,7 @@ the tensor cores to each other twice in every turn, whether they have rows or no
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -206,9 +207,10 @@ def _store(v, out, place, column, width, WIDE: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    result, stages, HALF: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr
+    result, stages, HALF: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Multiplies and stores one half of the rows of all tiles."""
+    """Multiplies and stores one half of the rows of all tiles. WHOLE: see _store in moe.py."""
     groups, out, out_scales, padded_out, width, depth = result
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     SIDE: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -231,7 +233,8 @@ def _multiply(
             column = tile % parts * COLUMNS
             if GATED:
                 sums = sums * _sigmoid(sums) * ups
-                if out.dtype.element_ty == gl.float8e4nv:  # to which numbers are clamped
+                if WHOLE is not None:
+                    sums = sums.to(WHOLE).to(gl.float32)
                     scale = gl.maximum(gl.max(gl.abs(sums), 1) / _LARGEST_FLOAT8, _LEAST_SCALE)
                     side = gl.convert_layout(place, SIDE)
                     at = out_scales + tile % parts * padded_out + side
@@ -254,6 +257,7 @@ def _multiply(
 def _grouped_fp8(
     x, x_scales, padded, matrix, scales, order, groups, out, out_scales, padded_out, width, depth,
     TILE: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -272,8 +276,8 @@ def _grouped_fp8(
     loaded = (x, x_scales, padded, matrix, scales, order, groups, width, depth)
     gl.warp_specialize(
         [
-            (_multiply, (result, stages, 0, GATED, EXPERTS)),
-            (_multiply, (result, stages, 1, GATED, EXPERTS)),
+            (_multiply, (result, stages, 0, GATED, EXPERTS, WHOLE)),
+            (_multiply, (result, stages, 1, GATED, EXPERTS, WHOLE)),
             (_load, (loaded, stages, TOP_K, GATED, EXPERTS)),
         ],
         [4, 4],
@@ -304,8 +308,11 @@ def multiply_blocks(
     gated: bool,
     out: Tensor,
     out_scales: Tensor,
+    whole: tl.dtype | None,
 ) -> None:
-    """See grouped_product. `out_scales`: [groups of columns, padded] if `out` is float8."""
+    """See grouped_product. `out_scales`: [groups of columns, padded] if `out` is float8; `whole`:
+    then the dtype to which a row is rounded before, else None.
+    """
     assert isinstance(x, RoundedRows) and isinstance(matrix, Fp8Weight)
     _, width, depth = matrix.shape
     tiles = TensorDescriptor.from_tensor(matrix.numbers.view(-1, depth), [BLOCK, BLOCK], _TILE)
@@ -313,5 +320,5 @@ def multiply_blocks(
     _grouped_fp8[(programs,)](
         x.numbers, x.scales, len(x.numbers), tiles, matrix.scales, order, groups, out, out_scales,
         len(out), width // 2 if gated else width, depth, TILE=_TILE, TOP_K=top_k, GATED=gated,
-        EXPERTS=groups.shape[1], num_warps=4, **overlapping(),
+        EXPERTS=groups.shape[1], WHOLE=whole, num_warps=4, **overlapping(),
     )  # fmt: skip

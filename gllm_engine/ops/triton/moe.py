@@ -630,9 +630,10 @@ def grouped_product(
     most_blocks = _most_blocks(pairs, held, tiles.rows)
     out = _new_result(x, (pairs, width), columns, then)
     result, result_scales = _parts(out)
+    whole = None if out is result else _WHOLE[x.dtype]
     plain = bias is None and on_input is None and clamp is None
     if plain and takes_blocks(x, matrix, tiles.rows):
-        multiply_blocks(x, matrix, order, groups, top_k, gated, result, result_scales)
+        multiply_blocks(x, matrix, order, groups, top_k, gated, result, result_scales, whole)
         return out
     _grouped[(most_blocks * cdiv(width, 2 * columns if paired else columns),)](
         numbers, x_scales, len(numbers), bias, on_input, order, groups, result, result_scales,
@@ -642,8 +643,7 @@ def grouped_product(
         ON_INPUT=on_input is not None, LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
         COLUMNS=columns, DEPTH=turn, EVEN=depth % turn == 0,
-        WHOLE=None if out is result else _WHOLE[x.dtype],
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
+        WHOLE=whole, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 
