@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 241_900,
+    ("gllm_engine",): 240_700,
     ("backend", "client"): 74_300,
     ("benchmarks",): 31_700,
 }
