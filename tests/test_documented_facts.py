@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from metric_families import families
 
 from gllm_engine import EngineConfig, SamplingParams
@@ -12,6 +13,7 @@ from gllm_engine.arch import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def section(title: str) -> str:
@@ -61,3 +63,9 @@ def test_every_log_line_is_in_the_source() -> None:
     for line, _ in rows:
         for words in re.split(r"\.\.\.|\b[A-Z]\b|[\[\]():]", line.strip("`")):
             assert words.strip(" ,") in code, f"{line}: {words!r}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_something_follows_a_colon(page: Path) -> None:
+    """A list, a table, code or a picture, not the next thought."""
+    assert not re.search(r".*:\n\n(?![-|`*!<\d ]).*", page.read_text())
