@@ -10,6 +10,8 @@ from metric_families import families
 
 from gllm_engine import EngineConfig, SamplingParams
 from gllm_engine.arch import FAMILIES
+from gllm_engine.images.decode import DECODED_BYTES, WEBP_BYTES
+from gllm_engine.images.processor import RESIZED_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,3 +71,12 @@ def test_every_log_line_is_in_the_source() -> None:
 def test_something_follows_a_colon(page: Path) -> None:
     """A list, a table, code or a picture, not the next thought."""
     assert not re.search(r".*:\n\n(?![-|`*!<\d ]).*", page.read_text())
+
+
+def test_the_memory_of_an_image_is_told_as_it_is_counted() -> None:
+    images = (ROOT / "docs/images.md").read_text()
+    sizes = f"{DECODED_BYTES} bytes a pixel, of WEBP {WEBP_BYTES}, and {RESIZED_BYTES} for"
+    assert sizes in images
+    for page in PAGES:  # once, so that no page tells otherwise
+        told = re.findall(r"\d+\s+bytes\s+a\s+pixel", page.read_text())
+        assert len(told) == (page.name == "images.md"), page.name
