@@ -166,8 +166,9 @@ def cpu_seconds() -> Counter[str]:
     """CPU time so far by PARTS; "clients" are all processes that have ended, with their start."""
     spent = Counter(clients=sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))
     for pid, *_ in descendants(os.getpid()):
-        command = Path(f"/proc/{pid}/cmdline").read_text()
-        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        part = next(filter(command.__contains__, PARTS), "others").strip("\0")
-        spent[part] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended just now
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            part = next(filter(command.__contains__, PARTS), "others").strip("\0")
+            spent[part] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
     return spent

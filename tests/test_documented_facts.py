@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from metric_families import families
 
 from gllm_engine import EngineConfig, SamplingParams
 from gllm_engine.arch import FAMILIES
+from gllm_engine.images.decode import DECODED_BYTES, WEBP_BYTES
+from gllm_engine.images.processor import RESIZED_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def section(title: str) -> str:
@@ -61,3 +65,18 @@ def test_every_log_line_is_in_the_source() -> None:
     for line, _ in rows:
         for words in re.split(r"\.\.\.|\b[A-Z]\b|[\[\]():]", line.strip("`")):
             assert words.strip(" ,") in code, f"{line}: {words!r}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_something_follows_a_colon(page: Path) -> None:
+    """A list, a table, code or a picture, not the next thought."""
+    assert not re.search(r".*:\n\n(?![-|`*!<\d ]).*", page.read_text())
+
+
+def test_the_memory_of_an_image_is_told_as_it_is_counted() -> None:
+    images = (ROOT / "docs/images.md").read_text()
+    sizes = f"{DECODED_BYTES} bytes a pixel, of WEBP {WEBP_BYTES}, and {RESIZED_BYTES} for"
+    assert sizes in images
+    for page in PAGES:  # once, so that no page tells otherwise
+        told = re.findall(r"\d+\s+bytes\s+a\s+pixel", page.read_text())
+        assert len(told) == (page.name == "images.md"), page.name

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gllm_benchmarks import evaluate, host, offline, prefix, serve, simulate, sweep
+from gllm_benchmarks import evaluate, host, offline, prefix, serve, served_model, simulate, sweep
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import number, told
@@ -96,6 +96,13 @@ def test_the_cpu_time_of_the_parts() -> None:
     ended = cpu_seconds() - before
     assert alive["gllm_engine"] > 0.15 and alive["clients"] < 0.1
     assert ended["clients"] > 0.15 and "gllm_engine" not in ended
+
+
+def test_a_process_that_has_just_ended_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    monkeypatch.setattr(served_model, "descendants", lambda pid: {(process.pid, pid, 0)})
+    assert cpu_seconds().keys() == {"clients"}
 
 
 def test_a_failure_is_a_sentence_and_a_bug_has_its_traceback() -> None:
