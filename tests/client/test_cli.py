@@ -84,7 +84,7 @@ def test_help_comes_from_the_fields() -> None:
     assert field_comments(Sample)["max_size"] == "bytes"
     comments = field_comments(EngineConfig)
     assert comments["max_num_seqs"] == (
-        "sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers"
+        "sequences in one step; default: 256, on GPUs 1024; fewer with recurrent layers"
     )
     assert set(comments) == set(EngineConfig.__struct_fields__)
 
