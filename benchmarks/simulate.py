@@ -241,6 +241,8 @@ def parse_arguments() -> Namespace:
             parser.error(f"--policies: {name} is none of {', '.join(POLICIES)}")
     if not (arguments.steps or arguments.model or arguments.stage):
         parser.error("no costs: give --steps, --model or --stage")
+    if arguments.steps and (arguments.model or arguments.stage or arguments.head):
+        parser.error("--steps: it is of all costs; --model, --stage and --head do not go with it")
     return arguments
 
 

@@ -260,6 +260,16 @@ def test_costs_of_a_shape(tmp_path: Path) -> None:
     assert head(Work(1, 0, 0, 1)) == 0.0
 
 
+@pytest.mark.parametrize("more", ["--stage params=1", "--head params=1", "--model ."])
+def test_measured_steps_need_no_other_costs(
+    more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", f"simulate --steps steps.json {more}".split())
+    with pytest.raises(SystemExit):
+        simulate.parse_arguments()
+    assert "--steps: it is of all costs" in capsys.readouterr().err
+
+
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
