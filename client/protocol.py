@@ -470,9 +470,13 @@ class BlockingAsking(Asking[Iterator[Chunk]]):
         """
         return merge(self._send(tokenize_inputs(prompt, **options), model, timeout, request_id))
 
-    def detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
-        """The text of tokens, special tokens included. `call`: model, timeout and request_id."""
-        return merge(self._send(detokenize_inputs(token_ids), **call)).text
+    def detokenize(
+        self, token_ids: Sequence[int], *, operation: str = "detokenize", **call: Any
+    ) -> str:
+        """The text of tokens, special tokens included; with "token_texts" a JSON list of the text
+        of each. `call`: model, timeout and request_id.
+        """
+        return merge(self._send(detokenize_inputs(token_ids, operation), **call)).text
 
     def describe(self, **call: Any) -> dict[str, Any]:
         """Facts of a model: see docs/requests.md. `call`: model, timeout and request_id."""

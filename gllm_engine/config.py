@@ -34,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer: str | None = None  # tokenizer directory; default: the model's directory
     # none: no model runs and tokens are made up, to measure the cost of everything else
     device: Literal["auto", "cpu", "cuda", "none"] = "auto"
-    null_tokens_per_s: float = 1e9  # most tokens that device none makes up in a second
+    null_tokens_per_s: float | None = None  # most tokens that device none makes up in a second
     # type of weights and activations; auto: float32 on CPUs, the checkpoint's type on GPUs
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # format of the weights in memory; auto: as in the checkpoint; fp8: a plain checkpoint's weights
@@ -135,6 +135,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size: {self.page_size} is not a power of two")
+        if self.null_tokens_per_s is not None and self.device != "none":
+            raise ConfigError(f"null_tokens_per_s: it is for device none, not {self.device}")
         if self.spare_layers and self.pipeline_parallel_size == 1:
             raise ConfigError(
                 f"spare_layers: {self.spare_layers} is for layers that move between stages, and "
@@ -269,7 +271,7 @@ _HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
 _IMAGE_TOKENS = 16384
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "null_tokens_per_s": (1, 1e9),
+    "null_tokens_per_s": (100, 1e9),
     "max_model_len": (1, 2**24),
     "max_num_seqs": (0, 16384),
     "max_num_batched_tokens": (0, 2**20),

@@ -42,7 +42,7 @@ class NullRunner:
         self.num_pages = config.num_pages or DEFAULT_PAGES
         snapshots = config.num_snapshots
         self.num_snapshots = DEFAULT_SNAPSHOTS if snapshots is None else snapshots
-        self._tokens_per_s = config.null_tokens_per_s
+        self._tokens_per_s = config.null_tokens_per_s or math.inf
         self._due = 0.0  # when the last step ends
         self._tokens = range(vocab)
         self._random = Random(1)

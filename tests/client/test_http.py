@@ -144,7 +144,9 @@ def test_tokenize_detokenize_and_describe() -> None:
         tokens = client.tokenize("x")
         assert (tokens.token_ids, tokens.num_input_tokens) == ((3,), 1)
         assert json.loads(tokens.text) == {"operation": "tokenize", "text_input": "x"}
-        assert json.loads(client.detokenize([5]))["input_ids"] == [5]
+        for operation in ("detokenize", "token_texts"):
+            sent = json.loads(client.detokenize([5], operation=operation))
+            assert (sent["operation"], sent["input_ids"]) == (operation, [5])
         assert client.describe() == {"operation": "describe"}
 
 

@@ -39,4 +39,6 @@ def test_the_pace_is_kept_over_steps_that_overlap(monkeypatch: pytest.MonkeyPatc
 
 def test_a_wrong_pace_is_refused() -> None:
     with pytest.raises(ConfigError, match="null_tokens_per_s: 0 is outside"):
-        EngineConfig(model=".", null_tokens_per_s=0)
+        EngineConfig(model=".", device="none", null_tokens_per_s=0)
+    with pytest.raises(ConfigError, match="null_tokens_per_s: it is for device none, not cpu"):
+        EngineConfig(model=".", device="cpu", null_tokens_per_s=1000)
