@@ -68,12 +68,13 @@ def _fit(steps: Steps, knees: tuple[float, ...]) -> tuple[float, list[float]]:
     unit = seconds
     for _ in range(_ROUNDS):
         kept = list(range(len(scale)))
-        found = np.linalg.lstsq(rows / unit[:, None], seconds / unit, rcond=None)[0]
-        while found[kept].min() < 0:
-            del kept[found[kept].argmin()]
+        while True:
             part = rows[:, kept] / unit[:, None]
             found = np.zeros(len(scale))
             found[kept] = np.linalg.lstsq(part, seconds / unit, rcond=None)[0]
+            if found[kept].min() >= 0:
+                break
+            del kept[found[kept].argmin()]
         unit = np.maximum(rows @ found, seconds / _MOST_DELAY)
     errors = ((seconds - rows @ found) / unit) ** 2
     return float(np.minimum(errors, _MOST_ERROR).sum()), (found / scale).tolist()

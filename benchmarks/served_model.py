@@ -41,7 +41,7 @@ PARTS = ("openai\0", "backend_stub", "gllm_engine", "tritonserver")
 
 
 class Addresses(NamedTuple):
-    """host:port of a server's gRPC and metrics, and of its OpenAI server if it has one."""
+    """host:port of a server's gRPC, of its metrics, and of its OpenAI server if that is started."""
 
     grpc: str
     metrics: str

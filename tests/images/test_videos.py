@@ -359,16 +359,21 @@ def test_a_decoder_tells_that_its_memory_is_too_small(tmp_path: Path) -> None:
         assert b"it takes more than 4 GiB of memory to decode" in answer.read()
 
 
+def use_decoder(monkeypatch: pytest.MonkeyPatch, directory: Path, told: int, then: str) -> None:
+    """One that tells of so many bytes of frames, waits for its room, and then does something."""
+    decoder = directory / "decoder"
+    tells = f"socket = int(sys.argv[4]); os.write(socket, b'{told}'); os.read(socket, 1)"
+    decoder.write_text(f"#!{sys.executable} -S\nimport os, sys; {tells}; {then}")
+    decoder.chmod(0o700)
+    monkeypatch.setattr(video.sys, "executable", str(decoder))
+
+
 @pytest.mark.parametrize("told", [-(10**9), 0, 10**9])
 def test_a_decoder_is_not_believed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: int
 ) -> None:
     """An impossible number would let others have no memory, or all of it."""
-    decoder = tmp_path / "decoder"
-    tells = f"socket = int(sys.argv[4]); os.write(socket, b'{told}'); os.read(socket, 1)"
-    decoder.write_text(f"#!{sys.executable} -S\nimport os, sys; {tells}")
-    decoder.chmod(0o700)
-    monkeypatch.setattr(video.sys, "executable", str(decoder))
+    use_decoder(monkeypatch, tmp_path, told, "pass")
     reserved: list[int] = []
     with pytest.raises(InvalidField, match=f"its decoder tells of {told} bytes of frames"):
         processor().prepare(MP4, max_tokens=1000, reserve=reserved.append)
@@ -379,12 +384,8 @@ def test_a_decoder_is_not_believed(
 def test_an_answer_that_is_not_whole_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: int, pixels: int
 ) -> None:
-    decoder = tmp_path / "decoder"
     answer = json.encode(video.Decoded("", 32, 32, [0], total, 1.0)) + b"\n" + bytes(pixels)
-    tells = "socket = int(sys.argv[4]); os.write(socket, b'6144'); os.read(socket, 1)"
-    decoder.write_text(f"#!{sys.executable} -S\nimport os, sys; {tells}; os.write(1, {answer!r})")
-    decoder.chmod(0o700)
-    monkeypatch.setattr(video.sys, "executable", str(decoder))
+    use_decoder(monkeypatch, tmp_path, 6144, f"os.write(1, {answer!r})")
     with pytest.raises(InvalidField, match="the process that decodes it wrote no whole answer"):
         processor().prepare(MP4)
 
