@@ -163,8 +163,9 @@ class Stubs:
 
     def start(self, model: str) -> subprocess.Popen[bytes]:
         script = self._repository / model / "1/model.py"
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text("read line")
+        if not script.exists():  # a shell may be about to read it, and ends if it is empty
+            script.parent.mkdir(parents=True)
+            script.write_text("read line")
         child = subprocess.Popen(
             [f"/backends/gllm/{STUB}", str(script), "region"],
             executable="/bin/sh",
