@@ -51,6 +51,8 @@ VLLM = {
 # For a model that takes images, whose places vLLM finds by the tokenizer. Every image is processed
 # anew, as by our engine.
 VLLM_IMAGES = {"skip_tokenizer_init": False, "mm_processor_cache_gb": 0}
+# For such a model whose prompts have no images: vLLM loads no vision tower.
+VLLM_TEXT = {"language_model_only": True}
 VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 # DeepSeek's kinds of routing: vLLM's random weights are so small that scores differ by less than
 # bfloat16 or the random bias tells, so all tokens would choose the same experts.
@@ -210,13 +212,16 @@ def main() -> None:
     ours = parse_pairs(arguments.config)
     peer = parse_pairs(arguments.peer_config)
     vocab, special = read_vocab(model)
-    peer = (VLLM_IMAGES if special else {}) | peer
     work = []
     names = arguments.workloads.split(",")
     for name in names:
         jobs = with_images(make_jobs(lengths(name), vocab), name, special)
         work.append({"name": name, "warm_up": warm_up(jobs), "jobs": jobs})
-    longest = max(job.prompt_len + job.output_len for each in work for job in each["jobs"])
+    every = [job for each in work for job in each["jobs"]]
+    longest = max(job.prompt_len + job.output_len for job in every)
+    pictured = any(job.images for job in every)
+    if special:
+        peer = (VLLM_IMAGES if pictured else VLLM_TEXT) | peer
     figures: Figures = {}
     failure: SystemExit | None = None
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
@@ -226,7 +231,7 @@ def main() -> None:
             config = configure(engine, ours, peer, longest)
             task = {"model": str(model), "vocab": vocab, "config": config, **paths}
             task |= {"repeat": arguments.repeat, "profile": arguments.profile}
-            if engine == "vllm" and special:
+            if engine == "vllm" and pictured:
                 task["model"] = str(with_tokenizer(model, Path(directory, model.name)))
             if engine == "ours" and arguments.timeline:
                 config["timeline"] = str(arguments.timeline.resolve())
