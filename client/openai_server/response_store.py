@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
+Owner = tuple[str, bytes]  # a tenant or a key, see Door.check
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
@@ -23,37 +25,52 @@ class StoredResponse:
         return len(self.response) + len(self.items)
 
 
-class ResponseStore:
-    """At most `max_responses` answers of `max_bytes` together; the least recently used go first.
+class _Part(OrderedDict[str, StoredResponse]):
+    """The answers of an owner by id, the least recently used first."""
 
-    With `max_responses` 0 nothing is stored. A key holds the answer's owner and id.
+    size = 0  # bytes
+
+
+class ResponseStore:
+    """At most `max_responses` answers of `max_bytes` together; with 0 responses nothing is stored.
+
+    While they are too many, one goes of the owner who has most of them; while they are too large,
+    one of the owner who has most bytes: the one least recently used. So an owner loses none to
+    others who have more.
     """
 
     def __init__(self, max_responses: int, max_bytes: int) -> None:
         self.max_responses = max_responses
         self.max_bytes = max_bytes
-        self._by_key: OrderedDict[Hashable, StoredResponse] = OrderedDict()
-        self._size = 0
+        self._parts: dict[Owner, _Part] = {}  # by owner; none is empty
 
-    def put(self, key: Hashable, stored: StoredResponse) -> None:
-        """Store an answer under a new key. One that is too large by itself is not stored."""
+    def put(self, owner: Owner, id: str, stored: StoredResponse) -> None:
+        """Store an answer under a new id. One that is too large by itself is not stored."""
         if stored.size > self.max_bytes:
             return
-        self._by_key[key] = stored
-        self._size += stored.size
-        while len(self._by_key) > self.max_responses or self._size > self.max_bytes:
-            self.delete(next(iter(self._by_key)))
+        part = self._parts.setdefault(owner, _Part())
+        part[id] = stored
+        part.size += stored.size
+        self._bound(self.max_responses, len)
+        self._bound(self.max_bytes, attrgetter("size"))
 
-    def get(self, key: Hashable) -> StoredResponse | None:
-        stored = self._by_key.get(key)
-        if stored is not None:
-            self._by_key.move_to_end(key)
-        return stored
+    def _bound(self, most: int, size: Callable[[_Part], int]) -> None:
+        while sum(map(size, self._parts.values())) > most:
+            _, owner = max((size(part), owner) for owner, part in self._parts.items())
+            self.delete(owner, next(iter(self._parts[owner])))
 
-    def delete(self, key: Hashable) -> bool:
+    def get(self, owner: Owner, id: str) -> StoredResponse | None:
+        part = self._parts.get(owner, _Part())
+        if id in part:
+            part.move_to_end(id)
+        return part.get(id)
+
+    def delete(self, owner: Owner, id: str) -> bool:
         """Whether there was such an answer."""
-        stored = self._by_key.pop(key, None)
-        if stored is None:
+        part = self._parts.get(owner, _Part())
+        if id not in part:
             return False
-        self._size -= stored.size
+        part.size -= part.pop(id).size
+        if not part:
+            del self._parts[owner]
         return True
