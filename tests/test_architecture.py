@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 240_750,
-    ("backend", "client"): 74_350,
+    ("gllm_engine",): 240_900,
+    ("backend", "client"): 74_600,
     ("benchmarks",): 31_700,
 }
 MAX_FUNCTION_LINES = 60

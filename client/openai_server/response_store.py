@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
-from operator import attrgetter
 
-Owner = tuple[str, bytes]  # a tenant or a key, see Door.check
+Key = tuple[Hashable, str]
+
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
@@ -25,14 +25,9 @@ class StoredResponse:
         return len(self.response) + len(self.items)
 
 
-class _Part(OrderedDict[str, StoredResponse]):
-    """The answers of an owner by id, the least recently used first."""
-
-    size = 0  # bytes
-
-
 class ResponseStore:
-    """At most `max_responses` answers of `max_bytes` together; with 0 responses nothing is stored.
+    """At most `max_responses` answers of `max_bytes` together. With `max_responses` 0 nothing is
+    stored. A key holds the answer's owner and id.
 
     While they are too many, one goes of the owner who has most of them; while they are too large,
     one of the owner who has most bytes: the one least recently used. So an owner loses none to
@@ -42,35 +37,32 @@ class ResponseStore:
     def __init__(self, max_responses: int, max_bytes: int) -> None:
         self.max_responses = max_responses
         self.max_bytes = max_bytes
-        self._parts: dict[Owner, _Part] = {}  # by owner; none is empty
+        self._by_key: OrderedDict[Key, StoredResponse] = OrderedDict()
+        self._size = 0
 
-    def put(self, owner: Owner, id: str, stored: StoredResponse) -> None:
-        """Store an answer under a new id. One that is too large by itself is not stored."""
+    def put(self, key: Key, stored: StoredResponse) -> None:
+        """Store an answer under a new key. One that is too large by itself is not stored."""
         if stored.size > self.max_bytes:
             return
-        part = self._parts.setdefault(owner, _Part())
-        part[id] = stored
-        part.size += stored.size
-        self._bound(self.max_responses, len)
-        self._bound(self.max_bytes, attrgetter("size"))
+        self._by_key[key] = stored
+        self._size += stored.size
+        while (too_many := len(self._by_key) > self.max_responses) or self._size > self.max_bytes:
+            parts = Counter[Hashable]()
+            for (owner, _), each in self._by_key.items():
+                parts[owner] += 1 if too_many else each.size
+            most = max(parts, key=parts.__getitem__)
+            self.delete(next(key for key in self._by_key if key[0] == most))
 
-    def _bound(self, most: int, size: Callable[[_Part], int]) -> None:
-        while sum(map(size, self._parts.values())) > most:
-            _, owner = max((size(part), owner) for owner, part in self._parts.items())
-            self.delete(owner, next(iter(self._parts[owner])))
+    def get(self, key: Key) -> StoredResponse | None:
+        stored = self._by_key.get(key)
+        if stored is not None:
+            self._by_key.move_to_end(key)
+        return stored
 
-    def get(self, owner: Owner, id: str) -> StoredResponse | None:
-        part = self._parts.get(owner, _Part())
-        if id in part:
-            part.move_to_end(id)
-        return part.get(id)
-
-    def delete(self, owner: Owner, id: str) -> bool:
+    def delete(self, key: Key) -> bool:
         """Whether there was such an answer."""
-        part = self._parts.get(owner, _Part())
-        if id not in part:
+        stored = self._by_key.pop(key, None)
+        if stored is None:
             return False
-        part.size -= part.pop(id).size
-        if not part:
-            del self._parts[owner]
+        self._size -= stored.size
         return True

@@ -287,7 +287,7 @@ def _store(request: Request) -> ResponseStore:
 
 
 def _find(request: Request, id: str) -> StoredResponse | None:
-    return _store(request).get(request.state.owner, id)
+    return _store(request).get((request.state.owner, id))
 
 
 def _earlier(request: Request, id: str | None) -> Items:
@@ -319,7 +319,7 @@ async def create(request: Request) -> Response:
         if asked.store:
             items = earlier + listed(input_items(asked)) + run.writer.items
             stored = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(items))
-            store.put(request.state.owner, response["id"], stored)
+            store.put((request.state.owner, response["id"]), stored)
 
     if asked.stream:
         return EventStream(run.stream(finish))
@@ -359,7 +359,7 @@ async def list_input(request: Request, id: str) -> Response:
 async def delete(request: Request, id: str) -> Response:
     """Forget a stored response."""
     _stored(request, id)
-    _store(request).delete(request.state.owner, id)
+    _store(request).delete((request.state.owner, id))
     return JsonResponse({"id": id, "object": "response", "deleted": True})
 
 
