@@ -1,5 +1,5 @@
-"""HTTP/1.1 whose clients are bounded: uvicorn waits for them, and httptools collects what they send,
-without a limit.
+"""HTTP/1.1 whose clients are bounded: uvicorn waits for them, and httptools collects what they
+send, without a limit.
 """
 
 from __future__ import annotations
