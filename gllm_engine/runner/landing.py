@@ -129,12 +129,17 @@ def _share(memory: Tensor) -> SharedGpuMemory:
 def _open(shared: SharedGpuMemory) -> Tensor:
     """uint8, until this process ends. Every process of a machine must see the same GPUs."""
     first = ctypes.c_uint64()
-    device = torch.device("cuda", shared.device)
-    with torch.cuda.device(device):
+    with torch.cuda.device(shared.device):
         torch.cuda.synchronize()  # then it has a context
-        handle = _IpcHandle.from_buffer_copy(shared.handle)
         # 1: with access from other GPUs where it is needed.
+        handle = _IpcHandle.from_buffer_copy(shared.handle)
         _driver("cuIpcOpenMemHandle_v2", ctypes.byref(first), handle, 1)
-    place = first.value + shared.offset
-    known = {"data": (place, False), "shape": (shared.num_bytes,), "typestr": "|u1", "version": 3}
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=known), device=device)
+        place = first.value + shared.offset
+        known = {
+            "data": (place, False),
+            "shape": (shared.num_bytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+        opened = SimpleNamespace(__cuda_array_interface__=known)
+        return torch.as_tensor(opened, device="cuda")
