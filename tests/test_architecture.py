@@ -54,7 +54,7 @@ OURS = {
     "gllm_engine/images": {"types", "config", "files", "sampling", "images"},
     "gllm_engine/os_process.py": set(),
     "gllm_engine/text/template_source.py": set(),
-    "gllm_engine/text/template_renderer.py": {"text"},
+    "gllm_engine/text/template_renderer.py": {"os_process", "text"},
     "gllm_engine/text": {"types", "config", "files", "sampling", "os_process", "text"},
     "gllm_engine/workers": {
         "types", "config", "files", "sampling", "arch", "parallel", "model", "runner", "wire",
