@@ -157,8 +157,9 @@ def serve(options: Options) -> int:
     if (options.tls_certificate is None) != (options.tls_key is None):
         raise ValueError("--tls-certificate and --tls-key go together")
     app = make_app(options)
-    most = getrlimit(RLIMIT_NOFILE)[1]
-    setrlimit(RLIMIT_NOFILE, (most, most))  # each connection is a file
+    # Each connection is a file, and nothing else bounds those that never end their TLS handshake.
+    most = min(getrlimit(RLIMIT_NOFILE)[1], 1 << 14)
+    setrlimit(RLIMIT_NOFILE, (most, most))
     config = uvicorn.Config(
         app,
         host=options.host,
