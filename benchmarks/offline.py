@@ -32,7 +32,7 @@ from gllm_benchmarks.record import (
     record,
     told,
 )
-from gllm_benchmarks.served_model import read_vocab, write_tokenizer
+from gllm_benchmarks.served_model import read_settings, read_vocab, write_tokenizer
 from gllm_benchmarks.workloads import WORKLOADS, lengths, make_jobs, warm_up, with_images
 from gllm_engine import Summary
 
@@ -116,8 +116,7 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
     driver = ["-m", "gllm_benchmarks.ours"]
     if engine == "vllm":
         environment |= VLLM_ENVIRONMENT | {"PYTHONPATH": str(peer_site)}
-        config = json.loads(Path(task["model"], "config.json").read_text())
-        if "n_routed_experts" in config.get("text_config", config):
+        if "n_routed_experts" in read_settings(Path(task["model"])):
             environment |= EVEN_ROUTING
         driver = [str(Path(__file__).with_name("peer.py"))]
     figures = Path(task["figures"])

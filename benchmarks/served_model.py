@@ -124,11 +124,17 @@ def write_repository(
             file.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
 
 
+def read_settings(model: Path) -> dict[str, Any]:
+    """A model's config.json, with what it has in text_config beside the rest."""
+    config = json.loads((model / "config.json").read_text())
+    return config | config.get("text_config", {})
+
+
 def read_vocab(model: Path) -> tuple[int, dict[int, str]]:
     """The size of a model's vocabulary, and its tokens that are in SPECIAL, in that order."""
-    config = json.loads((model / "config.json").read_text())
-    special = {config[key]: text for key, text in SPECIAL.items() if key in config}
-    return config.get("text_config", config)["vocab_size"], special
+    settings = read_settings(model)
+    special = {settings[key]: text for key, text in SPECIAL.items() if key in settings}
+    return settings["vocab_size"], special
 
 
 def write_tokenizer(model: Path, directory: Path) -> None:

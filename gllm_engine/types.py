@@ -167,16 +167,14 @@ class ImagePixels(Message, frozen=True):
 
 
 class SharedGpuMemory(Message, frozen=True):
-    """What another process opens memory of a GPU with: the arguments of torch's CUDA IPC call."""
+    """What another process opens memory of a GPU with: CUDA's handle of the allocation that it is
+    part of, and where in it the memory begins.
+    """
 
     device: int
     handle: bytes
-    num_bytes: int
     offset: int
-    counter: bytes
-    counter_offset: int
-    event: bytes
-    waits: bool
+    num_bytes: int
 
 
 class LandingHandle(Message, frozen=True):

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 240_750,
-    ("backend", "client"): 74_350,
+    ("gllm_engine",): 240_900,
+    ("backend", "client"): 74_600,
     ("benchmarks",): 31_700,
 }
 MAX_FUNCTION_LINES = 60
@@ -54,7 +54,7 @@ OURS = {
     "gllm_engine/images": {"types", "config", "files", "sampling", "images"},
     "gllm_engine/os_process.py": set(),
     "gllm_engine/text/template_source.py": set(),
-    "gllm_engine/text/template_renderer.py": {"text"},
+    "gllm_engine/text/template_renderer.py": {"os_process", "text"},
     "gllm_engine/text": {"types", "config", "files", "sampling", "os_process", "text"},
     "gllm_engine/workers": {
         "types", "config", "files", "sampling", "arch", "parallel", "model", "runner", "wire",

@@ -14,8 +14,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -24,6 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from gllm_client import Client
 from gllm_client.openai_server import messages, pages, responses, web_page
+from gllm_client.openai_server.bounded_http import BoundedHttp
 from gllm_client.openai_server.endpoints import ENDPOINTS
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.formats.choice import choose
@@ -37,7 +38,7 @@ from gllm_client.openai_server.telemetry import Telemetry, Tracing, grpc_metadat
 
 TICK_S = 0.05  # between two looks whether all answers have ended
 STORED = 1000  # answers of /v1/responses, if the options do not say
-KEEP_ALIVE_S = 75  # an idle connection of a client stays open for so long
+KEEP_ALIVE_S = 75  # a client that is to send something may be silent for so long
 
 
 def make_app(options: Options) -> FastAPI:
@@ -150,26 +151,20 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _http() -> Any:
-    """The implementation of HTTP: with httptools, or uvicorn's without, which is bounded too."""
-    try:
-        from gllm_client.openai_server.bounded_http import BoundedHttp
-    except ImportError:
-        return "h11"
-    return BoundedHttp
-
-
 def serve(options: Options) -> int:
     """Serve until a signal; returns the exit status. Raises ValueError for a wrong option."""
     logging.basicConfig(level=logging.INFO, format="gllm openai: %(message)s")
     if (options.tls_certificate is None) != (options.tls_key is None):
         raise ValueError("--tls-certificate and --tls-key go together")
     app = make_app(options)
+    # Each connection is a file, and nothing else bounds those that never end their TLS handshake.
+    most = min(getrlimit(RLIMIT_NOFILE)[1], 1 << 14)
+    setrlimit(RLIMIT_NOFILE, (most, most))
     config = uvicorn.Config(
         app,
         host=options.host,
         port=options.port,
-        http=_http(),
+        http=BoundedHttp,
         ssl_certfile=options.tls_certificate,
         ssl_keyfile=options.tls_key,
         access_log=False,

@@ -36,7 +36,7 @@ _SENTENCES = {
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # The names of a prompt's tensors, which clients know by another name.
 _RENAMED = {"text_input": "prompt", "input_ids": "prompt"}
-# Fields of which Triton's parameters are made, the likeliest first.
+# Fields of which Triton's parameters are made.
 _FIELDS = {
     "structured_outputs": "response_format text output_config output_format tools",
     "max_tokens": "max_completion_tokens max_output_tokens",
@@ -64,13 +64,15 @@ def invalid(param: str, problem: str) -> ApiError:
 
 
 def as_given(error: ApiError, given: Collection[str]) -> ApiError:
-    """The error with the client's name for what Triton calls otherwise. `given`: its fields."""
+    """The error with the client's name for what Triton calls otherwise, or its names if it is made
+    of several fields. `given`: the client's fields.
+    """
     field = error.param or ""
     first = field.partition(".")[0]
-    name = next((name for name in _FIELDS.get(first, "").split() if name in given), first)
-    if name == first or first in given:
+    names = [name for name in _FIELDS.get(first, "").split() if name in given]
+    if not names or first in given:
         return error
-    return invalid(name, error.message.removeprefix(f"{field}: "))
+    return invalid(" or ".join(names), error.message.removeprefix(f"{field}: "))
 
 
 def from_triton(error: GenerateError) -> ApiError:

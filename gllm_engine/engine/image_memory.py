@@ -47,10 +47,16 @@ class ImageShare:
                 self._request._held += size
                 memory.held += size
 
-    def close(self) -> None:
-        """Give back what is counted here. What parts hold is counted until they are closed."""
+    def close(self, kept: int = 0) -> None:
+        """Give back what is counted here. What parts hold is counted until they are closed.
+
+        `kept`: bytes of a part that are the request's own from now on, if that is not over.
+        """
         with self.memory.lock:
-            self._request._held -= self._own
-            self.memory.held -= self._own
+            request = self._request
+            kept = 0 if request._is_closed else kept
+            request._held += kept - self._own
+            self.memory.held += kept - self._own
             self._own = 0
             self._is_closed = True
+            request._own += kept

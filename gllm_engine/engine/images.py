@@ -185,8 +185,8 @@ class ImageLoader:
                 else:
                     prepared = prepare(source, content, part)
                 images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
-                # Before the part gives back its room, which others would take.
-                share.reserve(sum(len(image.pixels) for image in images))
+                # They are counted already, so what is prepared is not refused.
+                part.close(kept=sum(len(image.pixels) for image in images))
             sizes.append(sum(image.rows * image.columns for image in images))
             check()
             return prepared

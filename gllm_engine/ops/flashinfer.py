@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import flashinfer
@@ -391,7 +392,7 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     def plan(batch: Batch, layer: AttentionLayer) -> None:
         cache, shape = layer
         torch.cuda.set_device(cache.device)
-        planner = FlashInferPlanner(cache.device, dtype)
+        planner = FlashInferPlanner(cache.device, dtype, num_stages=1)
         if isinstance(shape, LatentShape):
             planner.plan_latent(batch, cache, replace(shape, top_k=None))
         else:
@@ -427,23 +428,19 @@ class _Stages:
     The copy waits on the stream behind earlier steps, so the next plan needs another buffer.
     """
 
-    def __init__(self) -> None:
-        self._buffers = [
-            torch.empty(_PLAN_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_STAGES)
-        ]
-        self._copied = [torch.cuda.Event() for _ in range(_NUM_STAGES)]
-        self._next = 0
+    def __init__(self, number: int) -> None:
+        ring = [torch.empty(_PLAN_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(number)]
+        self._ring = cycle([(buffer, torch.cuda.Event()) for buffer in ring])
 
     def plan(self, wrapper: Any, *args: Any, **options: Any) -> None:
         """Call wrapper.plan(...) with a buffer that no pending copy reads."""
-        stage = self._next
-        self._next = (stage + 1) % _NUM_STAGES
-        self._copied[stage].synchronize()
+        buffer, copied = next(self._ring)
+        copied.synchronize()
         # FlashInfer has one such buffer per wrapper, expects each copy to end before the next plan,
         # and offers no other way to change the buffer.
-        setattr(wrapper, PINNED_BUFFER, self._buffers[stage])
+        setattr(wrapper, PINNED_BUFFER, buffer)
         wrapper.plan(*args, **options)
-        self._copied[stage].record()
+        copied.record()
 
 
 def check_pinned_buffer(wrapper: Any) -> None:
@@ -463,14 +460,18 @@ class FlashInferPlanner:
     """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, partials_bytes: int = PARTIALS_BYTES
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        partials_bytes: int = PARTIALS_BYTES,
+        num_stages: int = _NUM_STAGES,
     ) -> None:
         """`dtype`: of the queries, and of the cache unless the cache is float8. FlashAttention-3
         has no partial results.
         """
         self._device = device
         self._dtype = dtype
-        self._stages = _Stages()
+        self._stages = _Stages(num_stages)
         self._partials = torch.zeros(partials_bytes, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
         # Of indexers and of latent attention, if a model has them; the layers use them one after
@@ -683,7 +684,8 @@ def make_segment_planner(
     width = padded_head(head_dim, dtype)
     if width is None or not on_hopper(device):
         return SegmentPlanner(device)
-    planner = FlashInferPlanner(device, dtype, _PLAN_BYTES)
+    # A pass has one plan. While the host waits for the last but one to be copied, the GPU has work.
+    planner = FlashInferPlanner(device, dtype, _PLAN_BYTES, num_stages=2)
     shape = AttentionShape(heads, heads, width, None, scale=head_dim**-0.5)
     return SegmentPlanner(device, shape, partial(planner.plan_segments, shape=shape))
 

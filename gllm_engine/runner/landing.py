@@ -6,11 +6,14 @@ This module knows places and numbers; the engine says what is where.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import weakref
 from functools import partial
 from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,27 +106,40 @@ def _check_size(found: int, expected: int) -> None:
         )
 
 
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_byte * 64)]
+
+
+def _driver(name: str, *arguments: Any) -> None:
+    """Call CUDA's driver. Torch shares memory too, with a file that a killed rank leaves behind."""
+    if error := ctypes.CDLL("libcuda.so.1")[name](*arguments):
+        raise RuntimeError(f"{name} fails with CUDA's error {error}")
+
+
 def _share(memory: Tensor) -> SharedGpuMemory:
-    shared = SharedGpuMemory(*memory.untyped_storage()._share_cuda_())
-    # Torch would keep the memory until every process has closed it, which a killed one never does.
-    torch.UntypedStorage._release_ipc_counter(
-        shared.counter, shared.counter_offset, device=memory.device
-    )
-    return shared
+    first = ctypes.c_uint64()  # address of the allocation
+    handle = _IpcHandle()
+    here = memory.data_ptr()
+    _driver("cuMemGetAddressRange_v2", ctypes.byref(first), None, ctypes.c_uint64(here))
+    _driver("cuIpcGetMemHandle", ctypes.byref(handle), first)
+    torch.cuda.synchronize(memory.device)  # other processes do not know when it is filled
+    return SharedGpuMemory(memory.device.index, bytes(handle), here - first.value, memory.nbytes)
 
 
 def _open(shared: SharedGpuMemory) -> Tensor:
-    """uint8. Every process of a machine must see the same GPUs."""
-    torch.cuda.init()
-    storage = torch.UntypedStorage._new_shared_cuda(
-        shared.device,
-        shared.handle,
-        shared.num_bytes,
-        shared.offset,
-        shared.counter,
-        shared.counter_offset,
-        shared.event,
-        shared.waits,
-    )
-    memory = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", shared.device))
-    return memory.set_(storage)
+    """uint8, until this process ends. Every process of a machine must see the same GPUs."""
+    first = ctypes.c_uint64()
+    with torch.cuda.device(shared.device):
+        torch.cuda.synchronize()  # then it has a context
+        # 1: with access from other GPUs where it is needed.
+        handle = _IpcHandle.from_buffer_copy(shared.handle)
+        _driver("cuIpcOpenMemHandle_v2", ctypes.byref(first), handle, 1)
+        place = first.value + shared.offset
+        known = {
+            "data": (place, False),
+            "shape": (shared.num_bytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+        opened = SimpleNamespace(__cuda_array_interface__=known)
+        return torch.as_tensor(opened, device="cuda")

@@ -24,6 +24,7 @@ import socket
 import sys
 from typing import Any
 
+from gllm_engine.os_process import end_with_parent
 from gllm_engine.text.template_source import Template
 
 MAX_PROBLEM_LEN = 300  # characters of a template's error message
@@ -193,6 +194,7 @@ def read_setup(connection: socket.socket) -> bytes:
 
 def main() -> None:
     """Fork a process that serves, and fork again when the kernel kills it for its time limit."""
+    end_with_parent()
     # Reset inherited signal handling: SIGPROF from the timer must kill the process, and Ctrl-C at
     # the terminal must not.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -207,6 +209,7 @@ def main() -> None:
     overdue = json.dumps(_refusal(f"the chat template takes more than {limit} for them"))
     while True:
         if os.fork() == 0:
+            end_with_parent()
             limit_memory(memory_limit)
             serve(connection, renderer, cpu_limit_s)
             os._exit(0)

@@ -25,6 +25,7 @@ import zmq
 
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.os_process import Process
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.workers import channel
 
@@ -53,8 +54,14 @@ class Meeting:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        parent = socket_parent(below=len("/gllm-workers-12345678/engine.sock"))
-        self.directory = Path(tempfile.mkdtemp(prefix="gllm-workers-", dir=parent))
+        # Nobody removes the directory of a process if all that know it are killed at once.
+        kind = f"gllm-workers-{os.stat('/proc/self/ns/pid').st_ino}-"  # whose pids these are
+        parent = socket_parent(below=len(f"/{kind}4194304-12345678/engine.sock"))
+        for path in parent.glob(f"{kind}*-*"):
+            pid = path.name.split("-")[3]
+            if pid.isdigit() and Process.of(int(pid)) is None:
+                shutil.rmtree(path, ignore_errors=True)
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{kind}{os.getpid()}-", dir=parent))
         self.address = f"ipc://{self.directory}/engine.sock"  # of the first socket
         self.children: list[subprocess.Popen[bytes]] = []
         self._closing = contextlib.ExitStack()

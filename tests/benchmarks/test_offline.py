@@ -23,7 +23,7 @@ from gllm_benchmarks.offline import (
     summarize,
 )
 from gllm_benchmarks.ours import kind_of
-from gllm_benchmarks.served_model import read_vocab, write_tokenizer
+from gllm_benchmarks.served_model import read_settings, read_vocab, write_tokenizer
 from gllm_benchmarks.workloads import IMAGE_TOKENS, Job, lengths, make_jobs, warm_up, with_images
 from gllm_engine import Tokenizer, make_config, write_tiny_model
 from gllm_engine.arch import read_arch
@@ -232,6 +232,13 @@ def test_a_made_up_tokenizer_knows_the_places_of_images(tmp_path: Path) -> None:
     assert processor is not None and processor.placeholder == 151655
     fit = processor.rule.fit(1080, 1920)
     assert fit.height * fit.width // 28**2 == IMAGE_TOKENS
+
+
+def test_settings_of_a_text_model_are_found_beside_those_of_images(tmp_path: Path) -> None:
+    inner = {"vocab_size": 9, "n_routed_experts": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"image_token_id": 7, "text_config": inner}))
+    assert read_settings(tmp_path).items() >= inner.items()
+    assert read_vocab(tmp_path) == (9, {7: "<|image_pad|>"})
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,22 @@ def test_what_is_reserved_is_given_back(fails: bool) -> None:
     assert memory.held == 10
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_a_part_leaves_its_request_needs_no_other_room(is_over: bool) -> None:
+    memory = ImageMemory(100)
+    ImageShare(memory).reserve(20)
+    share = ImageShare(memory)
+    part = ImageShare(memory, share)
+    part.reserve(80)
+    if is_over:
+        share.close()
+    part.close(kept=30)
+    part.close()
+    assert memory.held == 20 + 30 * (not is_over)
+    share.close()
+    assert memory.held == 20
+
+
 def test_without_a_bound_nothing_is_refused() -> None:
     memory = ImageMemory()
     for _ in range(2):

@@ -252,6 +252,29 @@ def test_what_loading_leaves_counted_are_the_pixels(seen: Seen) -> None:
     assert memory.held == 0
 
 
+def test_what_is_prepared_is_never_refused(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pixels are counted once, though others have taken all the room that was left."""
+    sizes: list[int] = []
+    reserve = ImageShare.reserve
+
+    def note(share: ImageShare, size: int) -> None:
+        if share is not whole:
+            sizes.append(size)
+        reserve(share, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageShare, "reserve", note)
+        whole = ImageShare(ImageMemory(1 << 30))
+        seen.llm.images.load([png("#000001")], 1000, share=whole)
+    memory = ImageMemory(1 + sum(sizes))
+    ImageShare(memory).reserve(1)
+    share = ImageShare(memory)
+    (image,) = seen.llm.images.load([png("#000001")], 1000, share=share)
+    assert memory.held == 1 + len(image.pixels)
+    share.close()
+    assert memory.held == 1
+
+
 def test_fetched_files_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = seen.llm.images
     monkeypatch.setitem(loader._fetching, "image", ThreadPoolExecutor(2))

@@ -56,6 +56,8 @@ from gllm_engine.engine.attach import (
 )
 from gllm_engine.engine.null_runner import NullRunner, NullStep
 from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
+from gllm_engine.images.video import Task
+from gllm_engine.images.video_rule import Stamped
 from gllm_engine.os_process import Process, wait_end
 from gllm_engine.sched import IntegrityError
 from gllm_engine.socket_directory import socket_parent
@@ -1051,6 +1053,53 @@ def test_a_stopped_child_ends_with_its_parent() -> None:
             started.kill()
             assert started.stdout.readline() == b"cleared\n"
             assert wait_end(pidfd, WAIT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+
+
+_PARENT = """
+import os, subprocess, sys
+owner = [str(os.getpid())] if sys.argv[2] == "--owned" else []
+command = [sys.executable, "-m", *sys.argv[1:2], *sys.argv[3:], *owner]
+print(subprocess.Popen(command, stdin=subprocess.PIPE).pid, flush=True)
+sys.stdin.read()
+"""
+_MEMBER = ["--engine", "ipc://{home}/engine.sock", "--model", "{home}", "--owner"]
+_TASK = Task("gif", Stamped(32, 1, 2, 2, 2.0, 4, 8, 0), 10, 10, 60)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gllm_engine.worker", "--owned", "--nnodes", "1", *_MEMBER],
+        ["gllm_engine.encoder", "--owned", "--number", "0", *_MEMBER],
+        ["gllm_engine.images.video_decoder", "", msgspec.json.encode(_TASK).decode(), "-1"],
+        ["gllm_engine.text.grammar_trial", "--owned"],
+        ["gllm_engine.text.template_renderer", ""],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_kind_of_child_ends_with_its_parent_though_it_is_stopped(
+    command: list[str], tmp_path: Path
+) -> None:
+    """Also an engine's directory goes then, of which a rank or an encoder knows."""
+    home = tmp_path / "home"
+    home.mkdir()
+    command = [part.replace("{home}", str(home)) for part in command]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", _PARENT, *command], **pipes) as started:
+        assert started.stdout is not None
+        child = Path("/proc") / started.stdout.readline().decode().strip()
+        pidfd = os.pidfd_open(int(child.name))
+        try:
+            until(lambda: len([*(child / "task").iterdir()]) > 1)  # one watches the parent
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            until(lambda: (child / "stat").read_text().rpartition(")")[2].split()[0] == "T")
+            started.kill()
+            assert wait_end(pidfd, WAIT_S)
+            assert home.exists() != ("--engine" in command)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)

@@ -193,6 +193,12 @@ def test_a_wrong_field_is_named(
             "tools",
         ),
         (CHAT, REQUIRED | {"response_format": schema({})}, "structured_outputs", "tools"),
+        (
+            CHAT,  # either may be answered, and nobody knows which is wrong
+            {"tools": [TOOL], "response_format": schema({})},
+            "structured_outputs",
+            "response_format or tools",
+        ),
         ("/v1/responses", REQUIRED_OF_RESPONSES, "structured_outputs", "tools"),
         (CHAT, {"max_completion_tokens": 7}, "max_tokens", "max_completion_tokens"),
         (CHAT, {"max_tokens": 7}, "max_tokens", "max_tokens"),

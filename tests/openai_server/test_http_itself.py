@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 import uvicorn
 from patience import SOON_S
 from serving import Served
+
+from gllm_client.openai_server import bounded_http
+from gllm_client.openai_server.bounded_http import MAX_HEAD, BoundedHttp
 
 CHAT = "/v1/chat/completions"
 
@@ -80,36 +84,103 @@ async def count(scope: Any, receive: Any, send: Any) -> None:
     while (message := await receive()).get("more_body"):
         length += len(message["body"])
     length += len(message.get("body", b""))
-    headers = [(b"connection", b"close")]
+    if (b"x-a", b"slow") in scope["headers"]:
+        await asyncio.sleep(0.2)
+    headers = [] if scope["path"] == "/stays" else [(b"connection", b"close")]
+    headers.append((b"content-length", b"%d" % len(b"length %d" % length)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"length %d" % length})
 
 
-async def exchange(pieces: Iterable[bytes]) -> tuple[int, bytes]:
-    """Bytes that the server takes before it closes the connection, and its answer."""
-    from gllm_client.openai_server.bounded_http import BoundedHttp
-
+@asynccontextmanager
+async def listening(patience_s: float = 75) -> AsyncIterator[Any]:
+    """The address of a server of `count`."""
     config = uvicorn.Config(count, lifespan="off", log_config=None)
     config.load()
-    state = uvicorn.server.ServerState()
-
-    def make() -> BoundedHttp:
-        return BoundedHttp(config, state, {})
-
+    config.timeout_keep_alive = patience_s  # type: ignore[assignment]
+    make = partial(BoundedHttp, config, uvicorn.server.ServerState(), {})
     server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
-    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    number = 0
-    answer = b""
-    with suppress(ConnectionError):
-        for piece in pieces:
-            writer.write(piece)
-            number += len(piece)
-            await writer.drain()
-            await asyncio.sleep(0)
-        answer = await reader.read()
-    writer.close()
-    server.close()
+    async with server:
+        yield server.sockets[0].getsockname()
+
+
+async def exchange(pieces: Iterable[bytes], patience_s: float = 75) -> tuple[int, bytes]:
+    """Bytes that the server takes before it closes the connection, and its answer."""
+    async with listening(patience_s) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        number = 0
+        answer = b""
+        with suppress(ConnectionError):
+            for piece in pieces:
+                writer.write(piece)
+                number += len(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+            answer = await reader.read()
+        writer.close()
     return number, answer
+
+
+HEAD = b"POST / HTTP/1.1\r\nx-a: "
+LENGTH = b"content-length: 2\r\n\r\n"
+
+
+@pytest.mark.parametrize("begin", [b"", b"\r\n", HEAD, HEAD + b"b\r\n" + LENGTH + b"a"])
+def test_a_client_that_is_silent_is_left(begin: bytes) -> None:
+    taken, answer = asyncio.run(asyncio.wait_for(exchange([begin], 0.05), SOON_S))
+    assert taken == len(begin) and not answer
+
+
+def test_a_client_that_drips_a_head_is_left() -> None:
+    """Also after an answer: each byte would begin the time of an idle connection anew."""
+
+    async def drip() -> bytes:
+        async with listening(0.1) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"GET /stays HTTP/1.1\r\n\r\n")
+            answer = await reader.readuntil(b"length 0")
+            writer.write(HEAD)
+            with suppress(ConnectionError):
+                while not reader.at_eof():
+                    writer.write(b"a")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+            writer.close()
+            return answer
+
+    assert asyncio.run(asyncio.wait_for(drip(), SOON_S)).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_slow_answer_is_not_broken_off() -> None:
+    """Also if a part of the next request has come."""
+    body = HEAD + b"slow\r\n" + LENGTH + b"ab"
+    _, answer = asyncio.run(asyncio.wait_for(exchange([body + HEAD], 0.05), SOON_S))
+    assert answer.endswith(b"length 2")
+
+
+def test_idle_connections_keep_out_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "MAX_WAITING", 10)
+
+    async def crowd() -> bytes:
+        async with listening() as address:
+            idle = [await asyncio.open_connection(*address) for _ in range(1000)]
+            assert await idle[0][0].read() == b"" and not idle[-1][0].at_eof()
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            answer = await reader.read()
+            for _, each in [*idle, (reader, writer)]:
+                each.close()
+            return answer
+
+    assert asyncio.run(asyncio.wait_for(crowd(), SOON_S)).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_head_has_exactly_its_limit(more: int) -> None:
+    begin = b"GET / HTTP/1.1\r\nx-a: "
+    head = begin + b"a" * (MAX_HEAD + more - len(begin) - 4) + b"\r\n\r\n"
+    _, answer = asyncio.run(exchange([head]))
+    assert answer.startswith(b"HTTP/1.1 400 " if more else b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
@@ -125,14 +196,12 @@ async def exchange(pieces: Iterable[bytes]) -> tuple[int, bytes]:
     ids=["value", "fields", "trailer"],
 )
 def test_a_head_without_an_end_is_bounded(begin: bytes, piece: bytes) -> None:
-    pytest.importorskip("httptools")
     taken, _ = asyncio.run(exchange(chain([begin], repeat(piece, 4096))))
     assert 1 << 16 <= taken < 1 << 23  # what the kernel holds is taken too
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body_is_no_head(chunked: bool) -> None:
-    pytest.importorskip("httptools")
     kind = b"transfer-encoding: chunked" if chunked else b"content-length: 1048576"
     piece = b"1000\r\n" + b"a" * 4096 + b"\r\n" if chunked else b"a" * 4096
     end = [b"0\r\n\r\n"] if chunked else []

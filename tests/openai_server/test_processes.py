@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,8 +29,20 @@ def children(pid: int) -> set[int]:
 
 
 def test_a_dead_process_is_replaced_and_all_drain(served: Served) -> None:
+    """Also if more connections are idle than a process may have open files."""
     served.model.pause = threading.Event()
-    command = [sys.executable, "-m", "gllm_client", "openai", "--port", "0", "--processes", "2"]
+    command = [
+        "prlimit",
+        "--nofile=64:4096",
+        sys.executable,
+        "-m",
+        "gllm_client",
+        "openai",
+        "--port",
+        "0",
+        "--processes",
+        "2",
+    ]
     command += ["--url", f"grpc://{served.triton.address}"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -41,6 +54,8 @@ def test_a_dead_process_is_replaced_and_all_drain(served: Served) -> None:
         os.kill(first, signal.SIGKILL)
         assert f"process {first} ended by itself" in process.stderr.readline()
         wait_for(lambda: len(children(process.pid) - {first, second}) == 1)
+        at = ("127.0.0.1", int(url.rpartition(":")[2]))
+        idle = [socket.create_connection(at, SOON_S) for _ in range(300)]
         for _ in range(8):  # each by a connection of its own, so by either process
             assert httpx.get(f"{url}/health", timeout=SOON_S, trust_env=False).status_code == 200
         with (
@@ -54,6 +69,8 @@ def test_a_dead_process_is_replaced_and_all_drain(served: Served) -> None:
             served.model.pause.set()
             assert "".join(pieces).endswith("data: [DONE]\n\n")
         assert process.wait(WAIT_S) == 0
+        for connection in idle:
+            connection.close()
     assert not Path(f"/proc/{second}").exists()
 
 

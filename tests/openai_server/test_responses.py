@@ -379,26 +379,46 @@ def stored(size: int) -> StoredResponse:
     return StoredResponse(b"r" * (size - 1), b"i")
 
 
+ONE, OTHER = "one", "other"
+
+
 def test_the_store_forgets_what_was_used_least_recently() -> None:
     store = ResponseStore(max_responses=2, max_bytes=100)
     for id in "ab":
-        store.put(id, stored(10))
-    assert store.get("a")
-    store.put("c", stored(10))
-    assert store.get("a") and store.get("c") and store.get("b") is None
-    store.put("big", stored(85))
-    assert store.get("c") and store.get("big") and store.get("a") is None
-    store.put("too big", stored(101))
-    assert store.get("too big") is None and store.get("big")
-    assert store.delete("big") and not store.delete("big")
-    store.put("d", stored(90))
-    assert store.get("c") and store.get("d")
+        store.put((ONE, id), stored(10))
+    assert store.get((ONE, "a"))
+    store.put((ONE, "c"), stored(10))
+    assert store.get((ONE, "a")) and store.get((ONE, "c")) and store.get((ONE, "b")) is None
+    store.put((ONE, "big"), stored(85))
+    assert store.get((ONE, "c")) and store.get((ONE, "big")) and store.get((ONE, "a")) is None
+    store.put((ONE, "too big"), stored(101))
+    assert store.get((ONE, "too big")) is None and store.get((ONE, "big"))
+    assert store.get((OTHER, "big")) is None and not store.delete((OTHER, "big"))
+    assert store.delete((ONE, "big")) and not store.delete((ONE, "big"))
+    store.put((ONE, "d"), stored(90))
+    assert store.get((ONE, "c")) and store.get((ONE, "d"))
+
+
+@pytest.mark.parametrize(("most", "size"), [(10, 1), (1000, 10)])
+def test_an_owner_pushes_out_none_of_those_who_have_less(most: int, size: int) -> None:
+    store = ResponseStore(max_responses=most, max_bytes=100)
+    for number in range(20):
+        store.put((ONE, str(number)), stored(size))
+    for number in range(5):
+        store.put((OTHER, str(number)), stored(size))  # half of what there is room for
+    for number in range(20, 40):
+        store.put((ONE, str(number)), stored(size))
+    assert all(store.get((OTHER, str(number))) for number in range(5))
+    assert [number for number in range(40) if store.get((ONE, str(number)))] == [*range(35, 40)]
+    store.put((OTHER, "more"), stored(size))  # now it is the one who has more
+    assert store.get((OTHER, "0")) is None and store.get((OTHER, "more"))
+    assert store.get((ONE, "35"))
 
 
 def test_a_store_of_no_responses_keeps_none() -> None:
     store = ResponseStore(max_responses=0, max_bytes=100)
-    store.put("a", stored(10))
-    assert store.get("a") is None
+    store.put((ONE, "a"), stored(10))
+    assert store.get((ONE, "a")) is None
 
 
 # ------------------------------------------------------------ the real SDK

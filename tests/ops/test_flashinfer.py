@@ -125,6 +125,41 @@ def planner(backend: ModuleType) -> Any:
     return planner
 
 
+def test_a_buffer_is_used_again_once_it_is_copied(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = len(told)
+            told.append(self)
+
+        def synchronize(self) -> None:
+            told.append(("await", self.number))
+
+        def record(self) -> None:
+            told.append(("record", self.number))
+
+    class Planned:
+        _pin_memory_int_workspace_buffer: Any = None
+
+        def plan(self) -> None:
+            told.append(self._pin_memory_int_workspace_buffer)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, pin_memory: empty(n, dtype=dtype))
+    stages = backend._Stages(2)
+    del told[:]
+    for _ in range(3):
+        stages.plan(Planned())
+    assert told[::3] == [("await", 0), ("await", 1), ("await", 0)]
+    assert told[2::3] == [("record", 0), ("record", 1), ("record", 0)]
+    first, second, third = told[1::3]
+    assert first is third is not second and first.numel() == second.numel() == 8 << 20
+
+
 def test_a_version_that_keeps_plans_elsewhere_is_refused(planner: Any) -> None:
     with pytest.raises(RuntimeError, match=r"^flashinfer 9\.9: its Renamed has no _pin_memory_int"):
         planner._wrapper(Renamed, {"num_qo_heads": 4}, "fa2", 0)
@@ -201,6 +236,9 @@ def test_a_plan_of_sparse_attention(
 
 
 class Unstaged:
+    def __init__(self, number: int = 1) -> None:
+        self.number = number
+
     def plan(self, wrapper: Any, *args: Any, **options: Any) -> None:
         wrapper.plan(*args, **options)
 
@@ -367,6 +405,7 @@ def test_long_segments(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, hea
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     plan = backend.make_segment_planner(3, head_dim, torch.float32, torch.device("cpu"))
     assert plan.shape == AttentionShape(3, 3, 16, None, scale=head_dim**-0.5)
+    assert plan._plan_long.func.__self__._stages.number == 2  # of 8 MiB of the host's memory
     ran: list[int] = []
     run = Ragged.run
     monkeypatch.setattr(Ragged, "run", lambda self, *a: ran.append(len(a[0])) or run(self, *a))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -404,6 +405,7 @@ def test_the_renderer_ends_with_its_template(hostile):
 
 
 def test_the_renderer_ends_with_its_process():
+    """It and its fork, though they are stopped."""
     code = (
         "import os, signal; from gllm_engine.text.chat_template import ChatTemplate;"
         "t = ChatTemplate({'default': 'x'}, {}); t.render([dict(role='user', content='x')]);"
@@ -412,10 +414,19 @@ def test_the_renderer_ends_with_its_process():
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
-        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        pid = int(parent.stdout.readline())
+        (fork,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        pidfds = [os.pidfd_open(pid), os.pidfd_open(fork)]
+        for each in (pid, fork):
+            os.kill(each, signal.SIGSTOP)
         parent.kill()
-    assert wait_end(pidfd, 60)
-    os.close(pidfd)
+    try:
+        assert all(wait_end(pidfd, 60) for pidfd in pidfds)
+    finally:
+        for pidfd in pidfds:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
 
 
 def test_no_renderer_starts_before_it_is_needed(tokenizer_dir):

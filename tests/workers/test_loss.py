@@ -46,7 +46,7 @@ from gllm_engine.workers import group as groups
 from gllm_engine.workers import meeting
 from gllm_engine.workers import member as joining
 from gllm_engine.workers import worker as member
-from gllm_engine.workers.meeting import GroupLost
+from gllm_engine.workers.meeting import GroupLost, Meeting
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -392,8 +392,22 @@ def test_sockets_of_workers_have_short_paths(
         raise InterruptedError(address)
 
     monkeypatch.setattr(groups.WorkerGroup, "_start_workers", note)
-    with pytest.raises(InterruptedError, match="ipc:///tmp/gllm-workers-.{8}/engine.sock"):
+    with pytest.raises(InterruptedError, match=r"ipc:///tmp/gllm-workers-\d+-\d+-.{8}/engine.sock"):
         groups.WorkerGroup(make_config({"model": model, **PAIR}), read_arch(model))
+
+
+def test_directories_of_engines_that_were_killed_with_all_are_removed(traces: Traces) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    names = [f"gllm-workers-{namespace}-{pid}-x" for pid in (ended.pid, os.getpid(), "x")]
+    names.append(f"gllm-workers-1{namespace}-{ended.pid}-x")
+    for name in names:
+        (traces.directory / name / "inner").mkdir(parents=True)
+    made = Meeting()
+    assert {*traces.directories()} == {made.directory, *(traces.directory / n for n in names[1:])}
+    made.end()
+    assert not made.directory.exists()
 
 
 def test_ctrl_c_costs_what_runs_and_no_more(
