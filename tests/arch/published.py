@@ -559,6 +559,8 @@ PUBLISHED["gpt2"] = {"activation_function": "gelu_new", "architectures": ["GPT2L
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
     "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params":
     {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257}
+PUBLISHED["gpt2-medium"] = PUBLISHED["gpt2"] | {"n_embd": 1024, "n_head": 16, "n_layer": 24,
+    "n_special": 0, "predict_special_tokens": True}
 PUBLISHED["pythia-6.9b"] = {"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0,
     "eos_token_id": 0, "hidden_act": "gelu", "hidden_size": 4096, "initializer_range": 0.02,
     "intermediate_size": 16384, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,

@@ -65,6 +65,7 @@ SIZES = {
     "Hunyuan-7B": (7.5, 32768, "plain"),
     "command-r7b": (8.03, 8192, "plain"),
     "gpt2": (0.12, 1024, "plain"),
+    "gpt2-medium": (0.35, 1024, "plain"),
     "pythia-6.9b": (6.86, 2048, "plain"),
     "gpt-neox-20b": (20.55, 2048, "plain"),
     "Llama-3.1-8B": (8.03, 131072, "plain"),
