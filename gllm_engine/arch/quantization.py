@@ -33,7 +33,6 @@ _PACKED = "pack-quantized"
 _UNPACKED = "int-quantized"
 _MIXED = "mixed-precision"
 _NAIVE = "naive-quantized"  # what older files call both that are not packed
-_DENSE = "dense"  # without any weights
 
 
 def read_quantization(c: Fields) -> tuple[Format, ...]:
@@ -68,7 +67,7 @@ def _compressed_tensors(q: Fields) -> tuple[Format, ...]:
     """
     if not q.child("transform_config").empty:
         raise ArchError(f"{q.name}: transform_config is not supported: inputs would be rotated")
-    kind = q.choice("format", (_FLOAT, _PACKED, _UNPACKED, _MIXED, _NAIVE, _DENSE), _FLOAT)
+    kind = q.choice("format", (_FLOAT, _PACKED, _UNPACKED, _MIXED, _NAIVE, "dense"), _FLOAT)
     groups = q.child("config_groups")
     each = [groups.child(name) for name in groups.keys()]
     found = tuple(_of_group(group, kind) for group in each if group.has("weights"))
@@ -103,7 +102,7 @@ def _compressed_int(weights: Fields) -> Format:
     group = 0 if strategy == "channel" else _group(weights, "group_size")
     zeros = not weights.flag("symmetric", True)
     # "weight" is another name of "static", and "dynamic" of "group".
-    reordered = order in ("group", "dynamic") and group > 0
+    reordered = order in ("group", "dynamic")
     return CompressedInt(group, _bits(weights, "num_bits"), zeros, reordered)
 
 

@@ -474,6 +474,12 @@ PUBLISHED["granite-3.3-8b"] = {"architectures": ["GraniteForCausalLM"], "attenti
     "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None,
     "rope_theta": 10000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     "transformers_version": "4.49.0", "use_cache": True, "vocab_size": 49159}
+PUBLISHED["granite-3.1-3b-a800m"] = PUBLISHED["granite-3.3-8b"] | {
+    "architectures": ["GraniteMoeForCausalLM"], "attention_multiplier": 0.015625,
+    "hidden_size": 1536, "intermediate_size": 512, "logits_scaling": 6.0,
+    "model_type": "granitemoe", "num_attention_heads": 24, "num_experts_per_tok": 8,
+    "num_hidden_layers": 32, "num_local_experts": 40, "output_router_logits": False,
+    "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.0, "vocab_size": 49155}
 PUBLISHED["granite-4.0-micro"] = {"architectures": ["GraniteMoeHybridForCausalLM"],
     "attention_bias": False, "attention_dropout": 0.0, "attention_multiplier": 0.015625,
     "bos_token_id": 100257, "embedding_multiplier": 12, "eos_token_id": 100257,

@@ -57,6 +57,7 @@ SIZES = {
     "OLMo-2-7B": (7.3, 4096, "plain"),
     "Olmo-3-7B": (7.3, 65536, "plain"),
     "granite-3.3-8b": (8.17, 131072, "plain"),
+    "granite-3.1-3b-a800m": (3.3, 131072, "plain"),
     "granite-4.0-micro": (3.4, 131072, "plain"),
     "SmolLM3-3B": (3.08, 65536, "plain"),
     "ERNIE-4.5-0.3B": (0.36, 131072, "plain"),
