@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 240_900,
+    ("gllm_engine",): 241_200,
     ("backend", "client"): 74_600,
-    ("benchmarks",): 31_700,
+    ("benchmarks",): 31_750,
 }
 MAX_FUNCTION_LINES = 60
 

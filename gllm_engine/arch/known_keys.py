@@ -12,7 +12,7 @@ _HARMLESS = re.compile(
     # What the file is, and how transformers or other tools handle it.
       architectures | model_type | transformers_version | _?name_or_path | auto_map | license
     | prefix | (torch_)?dtype | use_cache | cache_implementation | return_dict(_in_generate)?
-    | output_.* | id2label | label2id | num_labels | problem_type | task_specific_params
+    | output_.* | id2label | label2id | _?num_labels | problem_type | task_specific_params
     | is_(encoder_)?decoder | add_cross_attention | cross_attention_hidden_size
     | tie_encoder_decoder | chunk_size_feed_forward | finetuning_task | pruned_heads
     | torchscript | use_bfloat16 | .*attn_implementation.* | .*flash_?att.* | unsloth_.*
@@ -37,6 +37,7 @@ _HARMLESS = re.compile(
     # Sizes that follow from others or are kept for old readers.
     | qk_head_dim | head_dim | n_ctx | n_inner | initial_context_length | experts_per_token
     | original_max_position_embeddings | max_window_layers | _?sliding_window(_size|_pattern)?
+    | max_sequence_length | n_special | predict_special_tokens
     """,
     re.VERBOSE,
 )

@@ -21,7 +21,8 @@ _GPTQ = (".qweight", ".qzeros", ".scales")  # of GPTQ and AWQ; transposed in all
 _ROPE_TABLES = re.compile(r"(^|\.)rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
 # Of compressed-tensors, in newer and older files, and of modelopt.
 _CACHE_SCALES = re.compile(
-    r"self_attn\.([kv]_scale|[kv]_proj\.output_scale|k_proj\.k_scale|v_proj\.v_scale)"
+    r"self_attn\.(([qkv]|kv)_scale|[kv]_proj\.output_(scale|zero_point)"
+    r"|q_proj\.q_scale|k_proj\.k_scale|v_proj\.v_scale)"
 )
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYERS = "model.layers."
@@ -162,7 +163,9 @@ def has_tower(model: Model, stored: Collection[str]) -> bool:
 
 
 def is_cache_scale(model: Model, name: str) -> bool:
-    """Whether a checkpoint tensor is a scale for K and V in float8, which layers do not use."""
+    """Whether a checkpoint tensor is a scale for K, V or queries in float8, which layers do not
+    use.
+    """
     layer = _patterns(model.names).layer.match(name)
     return layer is not None and _CACHE_SCALES.fullmatch(layer["rest"]) is not None
 

@@ -32,6 +32,7 @@ _FLOAT = "float-quantized"
 _PACKED = "pack-quantized"
 _UNPACKED = "int-quantized"
 _MIXED = "mixed-precision"
+_NAIVE = "naive-quantized"  # what older files call both that are not packed
 
 
 def read_quantization(c: Fields) -> tuple[Format, ...]:
@@ -47,7 +48,8 @@ def read_quantization(c: Fields) -> tuple[Format, ...]:
         raise ArchError(
             f"{q.name}: quant_method is {shown(repr(method))}; supported are {', '.join(_METHODS)}"
         )
-    return tuple(dict.fromkeys(map(held, _METHODS[method](q))))
+    inner = q.child("quantization", _KEY)  # as older tools write it
+    return tuple(dict.fromkeys(map(held, _METHODS[method](q if inner.empty else inner))))
 
 
 def _fp8(q: Fields) -> tuple[Format]:
@@ -59,14 +61,17 @@ def _fp8(q: Fields) -> tuple[Format]:
 
 
 def _compressed_tensors(q: Fields) -> tuple[Format, ...]:
-    """A format for each group of modules; a scheme of activations only says when they round."""
+    """A format for each group of modules; a scheme of activations only says when they round.
+
+    There may be a scheme of the KV cache alone, which is not used.
+    """
     if not q.child("transform_config").empty:
         raise ArchError(f"{q.name}: transform_config is not supported: inputs would be rotated")
-    kind = q.choice("format", (_FLOAT, _PACKED, _UNPACKED, _MIXED), _FLOAT)
+    kind = q.choice("format", (_FLOAT, _PACKED, _UNPACKED, _MIXED, _NAIVE, "dense"), _FLOAT)
     groups = q.child("config_groups")
     each = [groups.child(name) for name in groups.keys()]
     found = tuple(_of_group(group, kind) for group in each if group.has("weights"))
-    if not found:
+    if not found and not q.has("kv_cache_scheme"):
         raise ArchError(f"{q.name}: config_groups has no group with weights")
     return found
 
@@ -74,9 +79,9 @@ def _compressed_tensors(q: Fields) -> tuple[Format, ...]:
 def _of_group(group: Fields, kind: str) -> Format:
     """The format of a group's weights. `kind`: what the config says of all groups."""
     weights = group.child("weights")
-    if kind == _MIXED:
+    if kind in (_MIXED, _NAIVE):
         is_float = weights.choice("type", ("float", "int"), "int") == "float"
-        kind = _FLOAT if is_float else _PACKED
+        kind = _FLOAT if is_float else _PACKED if kind == _MIXED else _UNPACKED
     form = group.choice("format", (_FLOAT, _PACKED, _UNPACKED), kind)
     if form == _PACKED:
         return _compressed_int(weights)
@@ -92,11 +97,13 @@ def _of_group(group: Fields, kind: str) -> Format:
 
 def _compressed_int(weights: Fields) -> Format:
     weights.require(type="int", dynamic=False)
-    weights.choice("actorder", ("static", "weight"), "static")  # others reorder columns
+    order = weights.choice("actorder", ("static", "weight", "group", "dynamic"), "static")
     strategy = weights.choice("strategy", ("group", "channel"), "group")
     group = 0 if strategy == "channel" else _group(weights, "group_size")
     zeros = not weights.flag("symmetric", True)
-    return CompressedInt(group, _bits(weights, "num_bits"), zeros)
+    # "weight" is another name of "static", and "dynamic" of "group".
+    reordered = order in ("group", "dynamic")
+    return CompressedInt(group, _bits(weights, "num_bits"), zeros, reordered)
 
 
 def _unpacked_int(weights: Fields, inputs: Fields) -> Format:
@@ -183,8 +190,6 @@ def _modelopt(q: Fields) -> tuple[Format]:
         "FP8_PER_CHANNEL_PER_TOKEN": FP8_ROW,
         "FP8_PB_WO": Fp8(128, 128),
     }
-    if not q.child("quantization").empty:  # as older tools write it
-        q = q.child("quantization")
     return (formats[q.choice("quant_algo", tuple(formats))],)
 
 

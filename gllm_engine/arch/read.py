@@ -26,7 +26,10 @@ from gllm_engine.files import read_object, shown
 MAX_LEN = 2**24  # tokens
 # Keys beside the description of the text model that are about it.
 _VISION = "vision_config"
-_SHARED_KEYS = ("tie_word_embeddings", "quantization_config")
+_QUANTIZATION = "quantization_config"
+# Files in which older tools wrote it, and the quant_method.
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_SHARED_KEYS = ("tie_word_embeddings", _QUANTIZATION)
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,12 @@ def read_arch(directory: str | Path) -> Model:
     Raises ArchError for an unreadable file, invalid JSON, or an unsupported architecture or value.
     """
     path = Path(directory)
-    model = make_arch(read_object(path / "config.json", ArchError), str(path / "config.json"))
+    config = read_object(path / "config.json", ArchError)
+    for file, method in _BESIDE.items():
+        if os.path.lexists(path / file) and not config.get(_QUANTIZATION):
+            log.info("%s: read as the config's %s", path / file, _QUANTIZATION)
+            config[_QUANTIZATION] = read_object(path / file, ArchError) | {"quant_method": method}
+    model = make_arch(config, str(path / "config.json"))
     generation = path / "generation_config.json"
     if os.path.lexists(generation):  # a broken link is an error, not absence
         eos = Fields(read_object(generation, ArchError), str(generation), {}).numbers(

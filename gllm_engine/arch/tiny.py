@@ -314,6 +314,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Olmo3ForCausalLM": _HF | _SLIDING | {"model_type": "olmo3", "rope_theta": 500_000.0},
     "SmolLM3ForCausalLM": _PADDED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "GraniteForCausalLM": _GRANITE | {"model_type": "granite"},
+    "GraniteMoeForCausalLM": _GRANITE | _LOCAL_EXPERTS | {"model_type": "granitemoe"},
     "GraniteMoeHybridForCausalLM": _GRANITE
     | {
         "model_type": "granitemoehybrid",

@@ -83,6 +83,7 @@ _PACKED = {
     ".qweight": _INT32,
     ".qzeros": _INT32,
     ".g_idx": _INT32,
+    "_g_idx": _INT32,
 }
 # In a module: what GPTQ and AWQ store in place of its weight, and beside it.
 _OF_MODULE = ("qweight", "qzeros", "scales", "g_idx", "bias")
@@ -289,7 +290,8 @@ class StoredTensors:
             )
         if kind is CompressedInt:
             zeros = self._own_name(name, kind.zero_points) in self._stored
-            promised = replace(promised, zeros=zeros)
+            order = self._own_name(name, kind.group_index) in self._stored
+            promised = replace(promised, zeros=zeros, reordered=order)
         self._check_rows(name, scales, promised)
         group = self._group(name, scales, promised)
         return replace(promised, group=group, scale_dtype=scale.dtype)

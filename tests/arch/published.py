@@ -474,6 +474,12 @@ PUBLISHED["granite-3.3-8b"] = {"architectures": ["GraniteForCausalLM"], "attenti
     "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None,
     "rope_theta": 10000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     "transformers_version": "4.49.0", "use_cache": True, "vocab_size": 49159}
+PUBLISHED["granite-3.1-3b-a800m"] = PUBLISHED["granite-3.3-8b"] | {
+    "architectures": ["GraniteMoeForCausalLM"], "attention_multiplier": 0.015625,
+    "hidden_size": 1536, "intermediate_size": 512, "logits_scaling": 6.0,
+    "model_type": "granitemoe", "num_attention_heads": 24, "num_experts_per_tok": 8,
+    "num_hidden_layers": 32, "num_local_experts": 40, "output_router_logits": False,
+    "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.0, "vocab_size": 49155}
 PUBLISHED["granite-4.0-micro"] = {"architectures": ["GraniteMoeHybridForCausalLM"],
     "attention_bias": False, "attention_dropout": 0.0, "attention_multiplier": 0.015625,
     "bos_token_id": 100257, "embedding_multiplier": 12, "eos_token_id": 100257,
@@ -559,6 +565,8 @@ PUBLISHED["gpt2"] = {"activation_function": "gelu_new", "architectures": ["GPT2L
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
     "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params":
     {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257}
+PUBLISHED["gpt2-medium"] = PUBLISHED["gpt2"] | {"n_embd": 1024, "n_head": 16, "n_layer": 24,
+    "n_special": 0, "predict_special_tokens": True}
 PUBLISHED["pythia-6.9b"] = {"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0,
     "eos_token_id": 0, "hidden_act": "gelu", "hidden_size": 4096, "initializer_range": 0.02,
     "intermediate_size": 16384, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,

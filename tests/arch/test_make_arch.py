@@ -26,7 +26,16 @@ from gllm_engine.arch import (
     make_arch,
     read_arch,
 )
-from gllm_engine.arch.formats import Awq, CompressedInt, Format, Fp8, Gptq, Widened
+from gllm_engine.arch.formats import (
+    FP8_ROW,
+    Awq,
+    CompressedInt,
+    Format,
+    Fp8,
+    Gptq,
+    Int8,
+    Widened,
+)
 from gllm_engine.arch.model import EarlierIndexer, GatedDelta
 from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import (
@@ -1182,6 +1191,28 @@ def test_whole_numbers_in_configs() -> None:
     assert promised(**whole) == Widened(CompressedInt(0, bits=8))
 
 
+def test_how_older_tools_describe_compressed_tensors() -> None:
+    """An object within, formats by names that nobody writes today, and a KV cache alone."""
+
+    def promised(**over: Any) -> tuple[Format, ...]:
+        return tiny(quantization_config=packed() | over).quantization
+
+    inner = {"quantization_config": packed(), "sparsity_config": {}}
+    outer = {"quant_method": "compressed-tensors"}
+    assert tiny(quantization_config=outer | inner).quantization == (CompressedInt(32),)
+    float8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    int8 = float8 | {"type": "int"}
+    for weights, kind in ((float8, FP8_ROW), (int8, Widened(Int8()))):
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        assert promised(format="naive-quantized", config_groups=groups) == (kind,)
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False}
+    assert promised(format="dense", config_groups={}, kv_cache_scheme=scheme) == ()
+    config = packed() | {"format": "dense"}
+    assert "group_0: format is 'dense', but only " in refusal(
+        "LlamaForCausalLM", quantization_config=config
+    )
+
+
 def test_groups_of_several_formats() -> None:
     """As published for GLM-5 and Kimi: each group tells its own, or the config tells it of all."""
     float8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
@@ -1360,7 +1391,7 @@ def test_early_names_of_longrope() -> None:
             {"quantization_config": COMPRESSED | {"format": "nvfp4-pack-quantized"}},
             "config.json: quantization_config: format is 'nvfp4-pack-quantized', "
             'but only "float-quantized" or "pack-quantized" or "int-quantized" or '
-            '"mixed-precision" is supported',
+            '"mixed-precision" or "naive-quantized" or "dense" is supported',
         ),
         (
             {"quantization_config": packed(group_size=48)},
@@ -1383,10 +1414,10 @@ def test_early_names_of_longrope() -> None:
             "rotated",
         ),
         (
-            {"quantization_config": packed(actorder="group")},
+            {"quantization_config": packed(actorder="random")},
             "config.json: quantization_config: config_groups: group_0: weights: "
-            "actorder is 'group', "
-            'but only "static" or "weight" is supported',
+            "actorder is 'random', "
+            'but only "static" or "weight" or "group" or "dynamic" is supported',
         ),
         (
             {"quantization_config": COMPRESSED | {"config_groups": {}}},

@@ -204,6 +204,10 @@ EXPECTED = {
     "Olmo3ForCausalLM": OLMO,
     "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "GraniteForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "GraniteMoeForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + [f"{MIXTRAL}{part}.weight" for part in ("input_linear", "output_linear", "router.layer")],
     "GraniteMoeHybridForCausalLM": ENDS
     + NORMS
     + ATTENTION

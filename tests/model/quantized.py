@@ -20,7 +20,7 @@ from gllm_engine.model.tiny import write_tiny_model
 TOLERANCE = 2e-5
 FP8 = torch.float8_e4m3fn
 Tensors = dict[str, Tensor]
-BESIDE = (".qzeros", ".scales", ".g_idx")  # what GPTQ and AWQ have beside numbers
+BESIDE = (".qzeros", ".scales", "g_idx", "_zero_point", "_shape")  # beside whole numbers
 
 
 def block(rows: int, columns: int) -> dict[str, Any]:
@@ -107,8 +107,10 @@ def four_bits(name: str, stored: Tensors, bits: int = 4) -> Tensor:
         zeros = torch.full_like(scales, 2 ** (bits - 1))
         if name + "_zero_point" in stored:
             zeros = packed_numbers(stored[name + "_zero_point"], bits)
-        group = numbers.shape[-1] // scales.shape[-1]
-        zeros, scales = (each.repeat_interleave(group, -1) for each in (zeros, scales))
+        columns = numbers.shape[-1]
+        in_order = torch.arange(columns) // (columns // scales.shape[-1])
+        groups = stored.get(name + "_g_idx", in_order).long()
+        zeros, scales = zeros[:, groups], scales[:, groups]
         return ((numbers - zeros) * scales).contiguous()
     blocks, exponents = stored[name + "_blocks"], stored[name + "_scales"].float() - 127
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -147,7 +149,7 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
             weight = whole_numbers(module, stored, quantization)
             # GPT-2 stores plain ones as [columns, rows].
             tensors[module + "weight"] = weight.T.contiguous() if ".c_" in module else weight
-        elif not name.endswith((*BESIDE, "_zero_point", "_shape")) and "_scale" not in name:
+        elif not name.endswith(BESIDE) and "_scale" not in name:
             tensors[name] = tensor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path

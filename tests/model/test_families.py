@@ -165,6 +165,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     ("SmolLM3ForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("GraniteForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("GraniteMoeForCausalLM", {"num_experts_per_tok": 3, "tie_word_embeddings": True}),
     ("GraniteMoeHybridForCausalLM", {"position_embedding_type": None, "attention_bias": True}),
     ("Ministral3ForCausalLM", {"rope_parameters": DEVSTRAL2}),
     ("Ministral3ForCausalLM", {"rope_parameters": None}),

@@ -4,6 +4,7 @@ exact numbers that are stored.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,8 @@ CONFIGS = {
     "awq": AWQ,
     "awq per row": AWQ | {"group_size": -1},
     "compressed asymmetric": int4(symmetric=False),
+    "compressed reordered": int4(actorder="group"),
+    "compressed reordered asymmetric": int4(actorder="dynamic", symmetric=False),
     "compressed per row": int4("channel", group_size=None),
     "compressed per row asymmetric": int4("channel", group_size=None, symmetric=False),
 }
@@ -257,6 +260,29 @@ def test_a_zero_point_of_zero(tmp_path: Path) -> None:
     check(model)
     weight = load(model)._blocks[1]._ffn._down._products[0].weight
     assert weight.scales[0, :8, 1].tolist() == [0, 5, 0, 0, 1, 15, 9, 8]
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "stored"),
+    [
+        (GPTQ, "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False}),
+        (AWQ, "quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+    ],
+)
+def test_a_config_in_a_file_of_its_own(
+    tmp_path: Path, config: dict[str, Any], file: str, stored: dict[str, Any]
+) -> None:
+    """As tools wrote it before config.json had a place for it, which goes before it."""
+    model = write(tmp_path, "Qwen3ForCausalLM", config)
+    right = all_logits(load(model), some_tokens(20))
+    (model / file).write_text(json.dumps({"bits": 5}))
+    assert torch.equal(all_logits(load(model), some_tokens(20)), right)
+    set_config(model, {})
+    (model / file).write_text(json.dumps(stored | {"zero_point": True, "sym": True}))
+    assert torch.equal(all_logits(load(model), some_tokens(20)), right)
+    (model / file).write_text(json.dumps({"bits": 5, "group_size": 32}))
+    with pytest.raises(ArchError, match="bits is 5; supported are 4 and 8"):
+        load(model)
 
 
 @pytest.fixture

@@ -130,7 +130,10 @@ def test_a_selection_bias_is_not_rounded(tmp_path: Path) -> None:
     assert torch.equal(held, stored) and not torch.equal(held.bfloat16().float(), stored)
 
 
-@pytest.mark.parametrize("name", ["k_scale", "v_proj.output_scale", "k_proj.k_scale"])
+KV_SCALES = ["k_scale", "v_proj.output_scale", "k_proj.k_scale", "kv_scale", "q_scale"]
+
+
+@pytest.mark.parametrize("name", [*KV_SCALES, "q_proj.q_scale", "k_proj.output_zero_point"])
 def test_scales_of_a_quantised_cache(
     model: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,14 +1,14 @@
-"""Granite 3 and 4, dense: Llama with factors of embeddings, scores, residuals and logits."""
+"""Granite 3 and 4: Llama with factors of embeddings, scores, residuals and logits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
-from gllm_engine.arch.families.common import with_mixers
+from gllm_engine.arch.families.common import read_num_experts, read_routing, with_mixers
 from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Model
+from gllm_engine.arch.model import Dense, Model, Moe
 
 GRANITE = LLAMA | {
     "embedding_multiplier": 1.0,
@@ -25,6 +25,24 @@ def granite(c: Fields) -> Model:
         residual_scale=c.real("residual_multiplier"),
         logit_scale=1 / c.real("logits_scaling"),
     )
+
+
+GRANITE_MOE = GRANITE | {"num_local_experts": 8, "num_experts_per_tok": 2}
+_MOE_NAMES = Names(
+    renames=(
+        ("mlp.experts.*.gate_proj", "mlp.input_linear"),
+        ("mlp.experts.*.up_proj", "mlp.input_linear"),
+        ("mlp.experts.*.down_proj", "mlp.output_linear"),
+        ("mlp.gate.", "mlp.router.layer."),
+        ("mlp.", "block_sparse_moe."),
+    )
+)
+
+
+def granite_moe(c: Fields) -> Model:
+    experts = read_num_experts(c)
+    moe = Moe(experts, c.count("intermediate_size"), read_routing(c, True, experts))
+    return replace(granite(c).each(ffn=lambda *_: moe), names=_MOE_NAMES)
 
 
 GRANITE_HYBRID = GRANITE | {"shared_intermediate_size": 1024}

@@ -102,6 +102,7 @@ FAMILIES: dict[str, Family] = {
     "Olmo3ForCausalLM": Family(olmo.olmo3, olmo.OLMO3),
     "SmolLM3ForCausalLM": Family(smollm.smollm3, smollm.SMOLLM3),
     "GraniteForCausalLM": Family(granite.granite, granite.GRANITE),
+    "GraniteMoeForCausalLM": Family(granite.granite_moe, granite.GRANITE_MOE),
     "GraniteMoeHybridForCausalLM": Family(granite.granite_hybrid, granite.GRANITE_HYBRID),
     "HunYuanDenseV1ForCausalLM": Family(hunyuan.hunyuan, hunyuan.HUNYUAN),
     "Ernie4_5ForCausalLM": Family(ernie.ernie, ernie.ERNIE),
