@@ -54,15 +54,16 @@ class Meeting:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        # Nobody removes the directory of a process if all that know it are killed at once.
-        kind = f"gllm-workers-{os.stat('/proc/self/ns/pid').st_ino}-"  # whose pids these are
-        parent = socket_parent(below=len(f"/{kind}4194304-12345678/engine.sock"))
+        # Each names a process and its pid namespace, as those of `gllm serve` do. If all that know
+        # one are killed at once, the next process removes it.
+        kind = f"gllm-{os.stat('/proc/self/ns/pid').st_ino}-"
+        parent = socket_parent(below=len(f"/{kind}4194304-12345678/engine"))
         for path in parent.glob(f"{kind}*-*"):
-            pid = path.name.split("-")[3]
+            pid = path.name.split("-")[2]
             if pid.isdigit() and Process.of(int(pid)) is None:
                 shutil.rmtree(path, ignore_errors=True)
         self.directory = Path(tempfile.mkdtemp(prefix=f"{kind}{os.getpid()}-", dir=parent))
-        self.address = f"ipc://{self.directory}/engine.sock"  # of the first socket
+        self.address = f"ipc://{self.directory}/engine"  # of the first socket
         self.children: list[subprocess.Popen[bytes]] = []
         self._closing = contextlib.ExitStack()
         self._closing.callback(self._context.destroy, 0)

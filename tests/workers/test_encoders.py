@@ -5,6 +5,8 @@ tests/workers/test_gpu_encoders.py has the same on GPUs.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -31,6 +33,7 @@ from gllm_engine import wire, write_tiny_model
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.os_process import Process
 from gllm_engine.runner import Landing
+from gllm_engine.runner import landing as landings
 from gllm_engine.workers import channel, meeting, member
 from gllm_engine.workers import encoders as engine_side
 from gllm_engine.workers.build_runner import check_encoder_gpus, device_of
@@ -571,3 +574,36 @@ def test_a_landing_of_another_size_is_not_opened() -> None:
     del landing
     with pytest.raises(OSError, match="No such file"):
         Landing.open(handle)
+
+
+def test_memory_of_a_gpu_is_shared_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a made up one. Torch would leave a file in /dev/shm; see test_gpu_encoders.py."""
+    memory = torch.zeros(64, dtype=torch.uint8)
+    here = memory.data_ptr()
+
+    def find(first: Any, size: None, address: Any) -> int:
+        first._obj.value = address.value - 512
+        return 0
+
+    def share(handle: Any, first: Any) -> int:
+        ctypes.memmove(handle, ctypes.byref(first), 8)
+        return 0
+
+    def open_again(first: Any, handle: Any, flags: int) -> int:
+        ctypes.memmove(first, ctypes.byref(handle), 8)
+        return 0 if flags == 1 else 1
+
+    driver = {"cuMemGetAddressRange_v2": find, "cuIpcGetMemHandle": share}
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch, "as_tensor", lambda given, device: given.__cuda_array_interface__)
+    on_gpu: Any = SimpleNamespace(data_ptr=lambda: here, device=torch.device("cuda", 3), nbytes=64)
+    shared = landings._share(on_gpu)
+    assert shared.device == 3 and len(shared.handle) == 64 and shared.offset == 512
+    driver["cuIpcOpenMemHandle_v2"] = open_again
+    opened: Any = landings._open(shared)
+    assert opened["data"] == (here, False) and opened["shape"] == (64,)
+    driver["cuIpcOpenMemHandle_v2"] = lambda *_: 201
+    with pytest.raises(RuntimeError, match="^cuIpcOpenMemHandle_v2 fails with CUDA's error 201$"):
+        landings._open(shared)

@@ -392,7 +392,7 @@ def test_sockets_of_workers_have_short_paths(
         raise InterruptedError(address)
 
     monkeypatch.setattr(groups.WorkerGroup, "_start_workers", note)
-    with pytest.raises(InterruptedError, match=r"ipc:///tmp/gllm-workers-\d+-\d+-.{8}/engine.sock"):
+    with pytest.raises(InterruptedError, match=r"ipc:///tmp/gllm-\d+-\d+-.{8}/engine"):
         groups.WorkerGroup(make_config({"model": model, **PAIR}), read_arch(model))
 
 
@@ -400,8 +400,8 @@ def test_directories_of_engines_that_were_killed_with_all_are_removed(traces: Tr
     with subprocess.Popen(["true"]) as ended:
         pass
     namespace = os.stat("/proc/self/ns/pid").st_ino
-    names = [f"gllm-workers-{namespace}-{pid}-x" for pid in (ended.pid, os.getpid(), "x")]
-    names.append(f"gllm-workers-1{namespace}-{ended.pid}-x")
+    names = [f"gllm-{namespace}-{pid}-x" for pid in (ended.pid, os.getpid(), "x")]
+    names.append(f"gllm-1{namespace}-{ended.pid}-x")
     for name in names:
         (traces.directory / name / "inner").mkdir(parents=True)
     made = Meeting()

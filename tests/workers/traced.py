@@ -57,7 +57,7 @@ class Traces:
         return [pid for pid, command in self.processes().items() if "gllm_engine.worker" in command]
 
     def directories(self) -> list[Path]:
-        found = glob.glob(f"{self.directory}/**/gllm-workers-*", recursive=True)
+        found = glob.glob(f"{self.directory}/**/gllm-*-*-*", recursive=True)
         return [Path(path) for path in found]
 
     def wait_gone(self, timeout_s: float = SOON_S) -> None:
