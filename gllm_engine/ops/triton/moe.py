@@ -34,6 +34,7 @@ from gllm_engine.ops.triton.fp8 import (
     scale_lines,
     scale_to_float8,
 )
+from gllm_engine.ops.triton.grouped_fp8 import multiply_blocks, takes_blocks
 from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
@@ -629,6 +630,11 @@ def grouped_product(
     most_blocks = _most_blocks(pairs, held, tiles.rows)
     out = _new_result(x, (pairs, width), columns, then)
     result, result_scales = _parts(out)
+    whole = None if out is result else _WHOLE[x.dtype]
+    plain = bias is None and on_input is None and clamp is None
+    if plain and takes_blocks(x, matrix, tiles.rows):
+        multiply_blocks(x, matrix, order, groups, top_k, gated, result, result_scales, whole)
+        return out
     _grouped[(most_blocks * cdiv(width, 2 * columns if paired else columns),)](
         numbers, x_scales, len(numbers), bias, on_input, order, groups, result, result_scales,
         len(result), width, depth, **options, ROUNDED=isinstance(x, RoundedRows),
@@ -637,8 +643,7 @@ def grouped_product(
         ON_INPUT=on_input is not None, LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
         COLUMNS=columns, DEPTH=turn, EVEN=depth % turn == 0,
-        WHOLE=None if out is result else _WHOLE[x.dtype],
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
+        WHOLE=whole, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 

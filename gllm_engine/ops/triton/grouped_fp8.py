@@ -1,0 +1,324 @@
+"""The product of moe.py for many rows and FP8 weights with a scale per block of 128 x 128, on
+Hopper. In Gluon, Triton's language in which the warps of a program have different roles.
+
+The product of 128 columns is scaled before it is added. Tensor cores that wait for that are idle,
+so two halves of the rows take turns. A turn is 128 columns of 128 rows of x and of two tiles of the
+matrix, gate's and up's or neighbours, each with 128 rows:
+
+    load         [turn 4 ]       [turn 5 ]       [turn 6 ] ...
+    rows 0-63    [gate 1 ] scale [up 1   ] scale [gate 2 ] ...
+    rows 64-127    scale [gate 1 ] scale [up 1   ] scale   ...
+
+A program computes tiles one after the other: it loads the next one while it stores one.
+
+No role waits for ever. All roles run over the same tiles and turns, for which only `groups` counts.
+Turn n uses stage n % _STAGES, for the p-th time, p = n // _STAGES, and with it the p-th phases of
+two barriers, which a wait tells apart by the parity of p:
+
+    full    ends when the 128 threads that load have copied their parts, and both tiles are there
+    empty   ends when each half has arrived once, after its last read of the stage
+
+The loads of turn n wait for phase p - 1 of empty, and the halves wait for phase p of full. So loads
+are at most _STAGES turns ahead of the slower half, no phase begins before all have waited for the
+one before it, and parity is enough. A half without rows arrives at once. The halves pass a turn at
+the tensor cores to each other twice in every turn, whether they have rows or not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.weight import Fp8Weight, RoundedRows, Rows, Weight
+
+# Rows of a tile, and rows and columns of a block with one scale.
+BLOCK = 128
+_BLOCK, _HALF = gl.constexpr(BLOCK), gl.constexpr(BLOCK // 2)
+_STAGES = gl.constexpr(4)
+_TILE = gl.NVMMASharedLayout(128, 8, 2)
+_LARGEST_FLOAT8, _LEAST_SCALE = gl.constexpr(448.0), gl.constexpr(1e-10)
+_begin_alone = gluon.jit(begin_alone.fn)
+
+
+@gluon.jit
+def _find(groups, block, EXPERTS: gl.constexpr):
+    """The expert of a block of rows, its first row, and the end of the expert's rows."""
+    EACH: gl.constexpr = gl.BlockedLayout([max(EXPERTS // 32, 1)], [32], [4], [0])
+    blocks = groups + 2 * EXPERTS
+    expert = gl.sum((gl.load(blocks + gl.arange(0, EXPERTS, EACH)) <= block).to(gl.int32), 0)
+    start, end = gl.load(groups + expert), gl.load(groups + EXPERTS + expert)
+    block -= gl.load(blocks + expert) - gl.cdiv(end - start, _BLOCK)
+    return expert, start + block * _BLOCK, end
+
+
+@gluon.jit
+def _load(
+    loaded, stages, TOP_K: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr
+):  # fmt: skip
+    """Copies what turns need, and where the result's rows are stored: -1 for rows past the expert's
+    end, which are copies of the last one.
+    """
+    x, x_scales, padded, matrix, scales, order, groups, width, depth = loaded
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    COLUMNS: gl.constexpr = _BLOCK if GATED else 2 * _BLOCK
+    a, b, s, places, full, empty = stages
+    other = width if GATED else _BLOCK  # rows of the matrix from one tile to the other
+    rows = width * 2 if GATED else width
+    parts = width // COLUMNS
+    turns = depth // _BLOCK
+    tiles = gl.load(groups + 3 * EXPERTS - 1) * parts
+    n = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        expert, first, end = _find(groups, tile // parts, EXPERTS)
+        place = first + gl.arange(0, _BLOCK, LINE)
+        here = place < end
+        line = gl.minimum(place, end - 1)
+        source = gl.minimum(first + gl.arange(0, _BLOCK, gl.SliceLayout(1, COPY)), end - 1)
+        pair = gl.load(order + line)
+        if GATED:
+            line = pair // TOP_K
+            source = gl.load(order + source) // TOP_K
+        else:
+            place = pair
+        place = gl.where(here, place, -1)
+        at = x + source.to(gl.int64)[:, None] * depth
+        at += gl.arange(0, _BLOCK, gl.SliceLayout(0, COPY))[None, :]
+        row = expert * rows + tile % parts * COLUMNS
+        scale_at = (row + gl.arange(0, _BLOCK, LINE) // _HALF * other) // _BLOCK * turns
+        for turn in range(turns):
+            stage = n % _STAGES
+            mbarrier.wait(empty.index(stage), (n // _STAGES & 1) ^ 1)
+            ready, column = full.index(stage), turn * _BLOCK
+            places.index(stage).store(place)
+            mbarrier.expect(ready, 2 * _BLOCK * _BLOCK)
+            tma.async_copy_global_to_shared(matrix, [row, column], ready, b.index(2 * stage))
+            tma.async_copy_global_to_shared(
+                matrix, [row + other, column], ready, b.index(2 * stage + 1)
+            )
+            async_copy.async_copy_global_to_shared(a.index(stage), at + column)
+            async_copy.async_copy_global_to_shared(
+                s.index(2 * stage), x_scales + turn * padded + line
+            )
+            async_copy.async_copy_global_to_shared(s.index(2 * stage + 1), scales + scale_at + turn)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            n += 1
+
+
+@gluon.jit
+def _take_turn(HALF: gl.constexpr):
+    """Wait until the other half has passed the turn. Triton's own barriers have smaller numbers."""
+    if HALF == 0:
+        gl.inline_asm_elementwise("bar.sync 8, 256; // $0", "=r", [], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _pass_turn(HALF: gl.constexpr):
+    if HALF == 0:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 8, 256; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _sum_turns(stages, n, turns, HALF: gl.constexpr, MMA: gl.constexpr):
+    """The products [64, 128] of a half's rows with both tiles, over the turns from n on."""
+    SIDE: gl.constexpr = gl.SliceLayout(1, MMA)
+    a, b, s, places, full, empty = stages
+    part = gl.zeros([_HALF, _BLOCK], gl.float32, MMA)
+    sums = gl.zeros([_HALF, _BLOCK], gl.float32, MMA)
+    ups = gl.zeros([_HALF, _BLOCK], gl.float32, MMA)
+    for turn in range(n, n + turns):
+        stage = turn % _STAGES
+        mbarrier.wait(full.index(stage), turn // _STAGES & 1)
+        fence_async_shared()  # the rows of x were copied by threads
+        rows = a.index(stage).slice(HALF * _HALF, _HALF)
+        up, up_scale = b.index(2 * stage + 1), s.index(2 * stage + 1).slice(_HALF, _HALF)
+        _take_turn(HALF)
+        part = warpgroup_mma(
+            rows, b.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True
+        )
+        _pass_turn(HALF)
+        x_scale = s.index(2 * stage).slice(HALF * _HALF, _HALF).load(SIDE)
+        scale = s.index(2 * stage + 1).slice(0, _HALF).load(SIDE) * x_scale
+        up_scale = up_scale.load(SIDE) * x_scale
+        part = warpgroup_mma_wait(0, deps=[part])
+        sums += part * scale[:, None]
+        _take_turn(HALF)
+        part = warpgroup_mma(rows, up.permute((1, 0)), part, use_acc=False, is_async=True)
+        _pass_turn(HALF)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(empty.index(stage))
+        ups += part * up_scale[:, None]
+    return sums, ups
+
+
+@gluon.jit
+def _sigmoid(v):
+    """Of two numbers at once, which share the inverse of (1 + exp(-v)) (1 + exp(-w))."""
+    return gl.inline_asm_elementwise(
+        "{.reg .f32 a, b, r; mul.f32 a, $2, 0fBFB8AA3B; mul.f32 b, $3, 0fBFB8AA3B;"
+        "min.NaN.f32 a, a, 0f42700000; min.NaN.f32 b, b, 0f42700000;"
+        "ex2.approx.ftz.f32 a, a; ex2.approx.ftz.f32 b, b;"
+        "add.f32 a, a, 0f3F800000; add.f32 b, b, 0f3F800000; mul.f32 r, a, b;"
+        "rcp.approx.ftz.f32 r, r; mul.f32 $0, r, b; mul.f32 $1, r, a;}",
+        "=&f,=&f,f,f", [v], gl.float32, True, 2,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _wide_layout(bits):
+    """Of [64, 128], with 16 contiguous bytes in a thread and a row in four lanes, as it is in after
+    a product; so numbers pass only between these.
+    """
+    columns = [[0, 1 << i] for i in range(7)]
+    held = (128 // bits).bit_length() - 1
+    return gl.DistributedLinearLayout(
+        columns[:held] + columns[held + 2 :] + [[8, 0]],
+        columns[held : held + 2] + [[1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 128],
+    )
+
+
+@gluon.jit
+def _store(v, out, place, column, width, WIDE: gl.constexpr):
+    v = gl.convert_layout(v.to(out.dtype.element_ty), WIDE)
+    at = place.to(gl.int64)[:, None] * width + column
+    at += gl.arange(0, _BLOCK, gl.SliceLayout(0, WIDE))[None, :]
+    gl.store(out + at, v, mask=(place >= 0)[:, None])
+
+
+@gluon.jit
+def _multiply(
+    result, stages, HALF: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr,
+    WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Multiplies and stores one half of the rows of all tiles. WHOLE: see _store in moe.py."""
+    groups, out, out_scales, padded_out, width, depth = result
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    SIDE: gl.constexpr = gl.SliceLayout(1, MMA)
+    WIDE: gl.constexpr = _wide_layout(out.dtype.element_ty.primitive_bitwidth)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    COLUMNS: gl.constexpr = _BLOCK if GATED else 2 * _BLOCK
+    a, b, s, places, full, empty = stages
+    parts = width // COLUMNS
+    turns = depth // _BLOCK
+    tiles = gl.load(groups + 3 * EXPERTS - 1) * parts
+    n = 0
+    if HALF == 1:
+        _pass_turn(HALF)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        mbarrier.wait(full.index(n % _STAGES), n // _STAGES & 1)
+        own = places.index(n % _STAGES).slice(HALF * _HALF, _HALF)
+        place = own.load(gl.SliceLayout(1, WIDE))
+        if gl.sum(own.slice(0, 1).load(ONE), 0) >= 0:
+            sums, ups = _sum_turns(stages, n, turns, HALF, MMA)
+            column = tile % parts * COLUMNS
+            if GATED:
+                sums = sums * _sigmoid(sums) * ups
+                if WHOLE is not None:
+                    sums = sums.to(WHOLE).to(gl.float32)
+                    scale = gl.maximum(gl.max(gl.abs(sums), 1) / _LARGEST_FLOAT8, _LEAST_SCALE)
+                    side = gl.convert_layout(place, SIDE)
+                    at = out_scales + tile % parts * padded_out + side
+                    gl.store(at, scale, mask=side >= 0)
+                    sums *= (1.0 / scale)[:, None]
+            else:
+                _store(ups, out, place, column + _BLOCK, width, WIDE)
+            _store(sums, out, place, column, width, WIDE)
+        else:
+            for turn in range(n, n + turns):
+                mbarrier.wait(full.index(turn % _STAGES), turn // _STAGES & 1)
+                for _ in gl.static_range(2):
+                    _take_turn(HALF)
+                    _pass_turn(HALF)
+                mbarrier.arrive(empty.index(turn % _STAGES))
+        n += turns
+
+
+@gluon.jit(do_not_specialize=["padded", "padded_out"])
+def _grouped_fp8(
+    x, x_scales, padded, matrix, scales, order, groups, out, out_scales, padded_out, width, depth,
+    TILE: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr,
+    WHOLE: gl.constexpr,
+):  # fmt: skip
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    a = gl.allocate_shared_memory(gl.float8e4nv, [_STAGES, _BLOCK, _BLOCK], TILE)
+    b = gl.allocate_shared_memory(gl.float8e4nv, [2 * _STAGES, _BLOCK, _BLOCK], TILE)
+    s = gl.allocate_shared_memory(gl.float32, [2 * _STAGES, _BLOCK], LINE)
+    places = gl.allocate_shared_memory(gl.int32, [_STAGES, _BLOCK], LINE)
+    full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(full.index(i), count=128 + 1)
+        mbarrier.init(empty.index(i), count=2)
+    _begin_alone()
+    stages = (a, b, s, places, full, empty)
+    result = (groups, out, out_scales, padded_out, width, depth)
+    loaded = (x, x_scales, padded, matrix, scales, order, groups, width, depth)
+    gl.warp_specialize(
+        [
+            (_multiply, (result, stages, 0, GATED, EXPERTS, WHOLE)),
+            (_multiply, (result, stages, 1, GATED, EXPERTS, WHOLE)),
+            (_load, (loaded, stages, TOP_K, GATED, EXPERTS)),
+        ],
+        [4, 4],
+        [224, 56],  # registers: the first role has 224 too
+    )
+
+
+def takes_blocks(x: Rows, matrix: Weight, rows: int) -> bool:
+    """Whether multiply_blocks takes these, in blocks of `rows` rows of x."""
+    return (
+        OVERLAP
+        and rows == BLOCK
+        and isinstance(x, RoundedRows)
+        and isinstance(matrix, Fp8Weight)
+        and matrix.rows_per_scale == matrix.columns_per_scale == BLOCK
+        and matrix.scale_row is None
+        and matrix.first_column == 0
+        and matrix.shape[1] % (2 * BLOCK) == matrix.shape[2] % BLOCK == 0
+    )
+
+
+def multiply_blocks(
+    x: Rows,
+    matrix: Weight,
+    order: Tensor,
+    groups: Tensor,
+    top_k: int,
+    gated: bool,
+    out: Tensor,
+    out_scales: Tensor,
+    whole: tl.dtype | None,
+) -> None:
+    """See grouped_product. `out_scales`: [groups of columns, padded] if `out` is float8; `whole`:
+    then the dtype to which a row is rounded before, else None.
+    """
+    assert isinstance(x, RoundedRows) and isinstance(matrix, Fp8Weight)
+    _, width, depth = matrix.shape
+    tiles = TensorDescriptor.from_tensor(matrix.numbers.view(-1, depth), [BLOCK, BLOCK], _TILE)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    _grouped_fp8[(programs,)](
+        x.numbers, x.scales, len(x.numbers), tiles, matrix.scales, order, groups, out, out_scales,
+        len(out), width // 2 if gated else width, depth, TILE=_TILE, TOP_K=top_k, GATED=gated,
+        EXPERTS=groups.shape[1], WHOLE=whole, num_warps=4, **overlapping(),
+    )  # fmt: skip
