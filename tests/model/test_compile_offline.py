@@ -78,7 +78,7 @@ KERNELS = set(
     """
     _absorb _activate _apply_sinks _attend_latent _choose _choose_tokens _convolve
     _convolve_blocks _count _decode_attention _dequantize _dequantize_packed
-    _few_down _few_gate_up _gated_norm _gather_latents _gemv _grouped _grouped_fp8
+    _few_down _few_gate_up _gated_norm _gather_latents _gemv _grouped _grouped_blocks
     _layer_norm _list_pages _look _mean_squares _packed _place _project _quantize _recur
     _recur_blocks _rescale _rms_norm _rotate_and_store _route _score_tokens _skinny
     _solve_blocks _sort_few _split _store_index_key _store_latent _sum

@@ -34,7 +34,7 @@ from gllm_engine.ops.triton.fp8 import (
     scale_lines,
     scale_to_float8,
 )
-from gllm_engine.ops.triton.grouped_fp8 import multiply_blocks, takes_blocks
+from gllm_engine.ops.triton.grouped import multiply_blocks, takes_blocks
 from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping

@@ -48,7 +48,6 @@ from gllm_engine.ops.weight import Fp8Weight, RoundedRows, Rows, Weight
 BLOCK = 128
 _BLOCK, _HALF = gl.constexpr(BLOCK), gl.constexpr(BLOCK // 2)
 _STAGES = gl.constexpr(4)
-_TILE = gl.NVMMASharedLayout(128, 8, 2)
 _LARGEST_FLOAT8, _LEAST_SCALE = gl.constexpr(448.0), gl.constexpr(1e-10)
 _begin_alone = gluon.jit(begin_alone.fn)
 
@@ -72,17 +71,19 @@ def _load(
     end, which are copies of the last one.
     """
     x, x_scales, padded, matrix, scales, order, groups, width, depth = loaded
-    COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    BYTES: gl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16 // BYTES], [4, 8], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COLUMNS: gl.constexpr = _BLOCK if GATED else 2 * _BLOCK
+    DEPTH: gl.constexpr = _BLOCK // BYTES
     a, b, s, places, full, empty = stages
     other = width if GATED else _BLOCK  # rows of the matrix from one tile to the other
     rows = width * 2 if GATED else width
     parts = width // COLUMNS
-    turns = depth // _BLOCK
-    tiles = gl.load(groups + 3 * EXPERTS - 1) * parts
+    turns = depth // DEPTH
+    end_tile = gl.load(groups + 3 * EXPERTS - 1) * parts
     n = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), end_tile, gl.num_programs(0)):
         expert, first, end = _find(groups, tile // parts, EXPERTS)
         place = first + gl.arange(0, _BLOCK, LINE)
         here = place < end
@@ -96,24 +97,26 @@ def _load(
             place = pair
         place = gl.where(here, place, -1)
         at = x + source.to(gl.int64)[:, None] * depth
-        at += gl.arange(0, _BLOCK, gl.SliceLayout(0, COPY))[None, :]
+        at += gl.arange(0, DEPTH, gl.SliceLayout(0, COPY))[None, :]
         row = expert * rows + tile % parts * COLUMNS
         scale_at = (row + gl.arange(0, _BLOCK, LINE) // _HALF * other) // _BLOCK * turns
         for turn in range(turns):
             stage = n % _STAGES
             mbarrier.wait(empty.index(stage), (n // _STAGES & 1) ^ 1)
-            ready, column = full.index(stage), turn * _BLOCK
+            ready, column, tiles = full.index(stage), turn * DEPTH, b.index(stage)
             places.index(stage).store(place)
-            mbarrier.expect(ready, 2 * _BLOCK * _BLOCK)
-            tma.async_copy_global_to_shared(matrix, [row, column], ready, b.index(2 * stage))
-            tma.async_copy_global_to_shared(
-                matrix, [row + other, column], ready, b.index(2 * stage + 1)
-            )
+            mbarrier.expect(ready, 2 * BYTES * _BLOCK * DEPTH)
+            first_tile, second_tile = tiles.slice(0, _BLOCK), tiles.slice(_BLOCK, _BLOCK)
+            tma.async_copy_global_to_shared(matrix, [row, column], ready, first_tile)
+            tma.async_copy_global_to_shared(matrix, [row + other, column], ready, second_tile)
             async_copy.async_copy_global_to_shared(a.index(stage), at + column)
-            async_copy.async_copy_global_to_shared(
-                s.index(2 * stage), x_scales + turn * padded + line
-            )
-            async_copy.async_copy_global_to_shared(s.index(2 * stage + 1), scales + scale_at + turn)
+            if BYTES == 1:
+                async_copy.async_copy_global_to_shared(
+                    s.index(2 * stage), x_scales + turn * padded + line
+                )
+                async_copy.async_copy_global_to_shared(
+                    s.index(2 * stage + 1), scales + scale_at + turn
+                )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             n += 1
 
@@ -136,6 +139,31 @@ def _pass_turn(HALF: gl.constexpr):
 
 
 @gluon.jit
+def _add_turns(stages, n, turns, HALF: gl.constexpr, MMA: gl.constexpr):
+    """_sum_turns without scales: products are added by the tensor cores, with both tiles at once,
+    and a turn begins before the one before it has ended.
+    """
+    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    a, b, s, places, full, empty = stages
+    sums = gl.zeros([_HALF, 2 * _BLOCK], gl.float32, WIDE)
+    for turn in range(n, n + turns):
+        stage = turn % _STAGES
+        mbarrier.wait(full.index(stage), turn // _STAGES & 1)
+        fence_async_shared()
+        rows = a.index(stage).slice(HALF * _HALF, _HALF)
+        sums = warpgroup_mma(rows, b.index(stage).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=[sums])
+        mbarrier.arrive(empty.index((turn - 1) % _STAGES), pred=turn > n)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(empty.index((n + turns - 1) % _STAGES))
+    sums, ups = sums.reshape([_HALF, 2, _BLOCK]).permute((0, 2, 1)).split()
+    return (
+        gl.convert_layout(sums, MMA, assert_trivial=True),
+        gl.convert_layout(ups, MMA, assert_trivial=True),
+    )
+
+
+@gluon.jit
 def _sum_turns(stages, n, turns, HALF: gl.constexpr, MMA: gl.constexpr):
     """The products [64, 128] of a half's rows with both tiles, over the turns from n on."""
     SIDE: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -148,10 +176,11 @@ def _sum_turns(stages, n, turns, HALF: gl.constexpr, MMA: gl.constexpr):
         mbarrier.wait(full.index(stage), turn // _STAGES & 1)
         fence_async_shared()  # the rows of x were copied by threads
         rows = a.index(stage).slice(HALF * _HALF, _HALF)
-        up, up_scale = b.index(2 * stage + 1), s.index(2 * stage + 1).slice(_HALF, _HALF)
+        tiles, up_scale = b.index(stage), s.index(2 * stage + 1).slice(_HALF, _HALF)
+        up = tiles.slice(_BLOCK, _BLOCK)
         _take_turn(HALF)
         part = warpgroup_mma(
-            rows, b.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True
+            rows, tiles.slice(0, _BLOCK).permute((1, 0)), part, use_acc=False, is_async=True
         )
         _pass_turn(HALF)
         x_scale = s.index(2 * stage).slice(HALF * _HALF, _HALF).load(SIDE)
@@ -218,18 +247,22 @@ def _multiply(
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COLUMNS: gl.constexpr = _BLOCK if GATED else 2 * _BLOCK
     a, b, s, places, full, empty = stages
+    SCALED: gl.constexpr = a.dtype == gl.float8e4nv
     parts = width // COLUMNS
-    turns = depth // _BLOCK
+    turns = depth // a.shape[2]
     tiles = gl.load(groups + 3 * EXPERTS - 1) * parts
     n = 0
-    if HALF == 1:
+    if HALF == 1 and SCALED:
         _pass_turn(HALF)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         mbarrier.wait(full.index(n % _STAGES), n // _STAGES & 1)
         own = places.index(n % _STAGES).slice(HALF * _HALF, _HALF)
         place = own.load(gl.SliceLayout(1, WIDE))
         if gl.sum(own.slice(0, 1).load(ONE), 0) >= 0:
-            sums, ups = _sum_turns(stages, n, turns, HALF, MMA)
+            if SCALED:
+                sums, ups = _sum_turns(stages, n, turns, HALF, MMA)
+            else:
+                sums, ups = _add_turns(stages, n, turns, HALF, MMA)
             column = tile % parts * COLUMNS
             if GATED:
                 sums = sums * _sigmoid(sums) * ups
@@ -246,23 +279,26 @@ def _multiply(
         else:
             for turn in range(n, n + turns):
                 mbarrier.wait(full.index(turn % _STAGES), turn // _STAGES & 1)
-                for _ in gl.static_range(2):
-                    _take_turn(HALF)
-                    _pass_turn(HALF)
+                if SCALED:
+                    for _ in gl.static_range(2):
+                        _take_turn(HALF)
+                        _pass_turn(HALF)
                 mbarrier.arrive(empty.index(turn % _STAGES))
         n += turns
 
 
 @gluon.jit(do_not_specialize=["padded", "padded_out"])
-def _grouped_fp8(
+def _grouped_blocks(
     x, x_scales, padded, matrix, scales, order, groups, out, out_scales, padded_out, width, depth,
     TILE: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr, EXPERTS: gl.constexpr,
     WHOLE: gl.constexpr,
 ):  # fmt: skip
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    a = gl.allocate_shared_memory(gl.float8e4nv, [_STAGES, _BLOCK, _BLOCK], TILE)
-    b = gl.allocate_shared_memory(gl.float8e4nv, [2 * _STAGES, _BLOCK, _BLOCK], TILE)
+    DTYPE: gl.constexpr = x.dtype.element_ty
+    DEPTH: gl.constexpr = _BLOCK * 8 // DTYPE.primitive_bitwidth
+    a = gl.allocate_shared_memory(DTYPE, [_STAGES, _BLOCK, DEPTH], TILE)
+    b = gl.allocate_shared_memory(DTYPE, [_STAGES, 2 * _BLOCK, DEPTH], TILE)
     s = gl.allocate_shared_memory(gl.float32, [2 * _STAGES, _BLOCK], LINE)
     places = gl.allocate_shared_memory(gl.int32, [_STAGES, _BLOCK], LINE)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
@@ -287,14 +323,19 @@ def _grouped_fp8(
 
 def takes_blocks(x: Rows, matrix: Weight, rows: int) -> bool:
     """Whether multiply_blocks takes these, in blocks of `rows` rows of x."""
+    if isinstance(x, RoundedRows):
+        taken = (
+            isinstance(matrix, Fp8Weight)
+            and matrix.rows_per_scale == matrix.columns_per_scale == BLOCK
+            and matrix.scale_row is None
+            and matrix.first_column == 0
+        )
+    else:
+        taken = isinstance(matrix, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
     return (
         OVERLAP
+        and taken
         and rows == BLOCK
-        and isinstance(x, RoundedRows)
-        and isinstance(matrix, Fp8Weight)
-        and matrix.rows_per_scale == matrix.columns_per_scale == BLOCK
-        and matrix.scale_row is None
-        and matrix.first_column == 0
         and matrix.shape[1] % (2 * BLOCK) == matrix.shape[2] % BLOCK == 0
     )
 
@@ -313,12 +354,17 @@ def multiply_blocks(
     """See grouped_product. `out_scales`: [groups of columns, padded] if `out` is float8; `whole`:
     then the dtype to which a row is rounded before, else None.
     """
-    assert isinstance(x, RoundedRows) and isinstance(matrix, Fp8Weight)
     _, width, depth = matrix.shape
-    tiles = TensorDescriptor.from_tensor(matrix.numbers.view(-1, depth), [BLOCK, BLOCK], _TILE)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    _grouped_fp8[(programs,)](
-        x.numbers, x.scales, len(x.numbers), tiles, matrix.scales, order, groups, out, out_scales,
-        len(out), width // 2 if gated else width, depth, TILE=_TILE, TOP_K=top_k, GATED=gated,
+    rows, numbers, x_scales, scales = x, matrix, None, None
+    if isinstance(matrix, Fp8Weight):
+        assert isinstance(x, RoundedRows)
+        rows, numbers, x_scales, scales = x.numbers, matrix.numbers, x.scales, matrix.scales
+    size = numbers.element_size()
+    tile = gl.NVMMASharedLayout(128, 8 * size, 2)
+    tiles = TensorDescriptor.from_tensor(numbers.view(-1, depth), [BLOCK, BLOCK // size], tile)
+    programs = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    _grouped_blocks[(programs,)](
+        rows, x_scales, len(rows), tiles, scales, order, groups, out, out_scales,
+        len(out), width // 2 if gated else width, depth, TILE=tile, TOP_K=top_k, GATED=gated,
         EXPERTS=groups.shape[1], WHOLE=whole, num_warps=4, **overlapping(),
     )  # fmt: skip
