@@ -56,7 +56,9 @@ SIZES = {
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
     },
-    # Of a rank of DeepSeek V3, too, and sizes of experts that whole blocks divide.
+    # Experts' sizes that whole blocks divide, here and below.
+    "DeepseekV32ForCausalLM": {"hidden_size": 256, "moe_intermediate_size": 128},
+    # Of a rank of DeepSeek V3, too.
     "Glm4MoeLiteForCausalLM": {
         "hidden_size": 256,
         "moe_intermediate_size": 128,
@@ -108,4 +110,6 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in lines} == KERNELS
+    blocks = {shared for name, _, shared, _ in lines if name == "_grouped_blocks"}
+    assert len(blocks) == 2  # with scales, and of 16-bit numbers without
     assert {stack for name, *_, stack in lines if name in UNSPILLED} == {"0"}

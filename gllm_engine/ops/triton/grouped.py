@@ -1,27 +1,40 @@
-"""The product of moe.py for many rows and FP8 weights with a scale per block of 128 x 128, on
-Hopper. In Gluon, Triton's language in which the warps of a program have different roles.
+"""The products of moe.py for many rows on Hopper: of 16-bit numbers, or of FP8 numbers with a scale
+per block of 128 x 128. In Gluon, Triton's language in which the warps of a program have different
+roles: one loads, two multiply half of the rows each.
 
-The product of 128 columns is scaled before it is added. Tensor cores that wait for that are idle,
-so two halves of the rows take turns. A turn is 128 columns of 128 rows of x and of two tiles of the
-matrix, gate's and up's or neighbours, each with 128 rows:
+A program computes tiles one after the other: it loads the next one while it stores one. A turn is
+128 bytes of 128 rows of x and of two tiles of the matrix, gate's and up's or neighbours, each with
+128 rows. 16-bit products are added by the tensor cores, which work on both halves' turns. An FP8
+product is scaled before it is added. Tensor cores that wait for that are idle, so the halves take
+turns at them:
 
     load         [turn 4 ]       [turn 5 ]       [turn 6 ] ...
     rows 0-63    [gate 1 ] scale [up 1   ] scale [gate 2 ] ...
     rows 64-127    scale [gate 1 ] scale [up 1   ] scale   ...
 
-A program computes tiles one after the other: it loads the next one while it stores one.
-
-No role waits for ever. All roles run over the same tiles and turns, for which only `groups` counts.
-Turn n uses stage n % _STAGES, for the p-th time, p = n // _STAGES, and with it the p-th phases of
-two barriers, which a wait tells apart by the parity of p:
+No role waits for ever. All roles run over the same tiles and turns, for which only `groups` counts;
+a program may have none. Turn n uses stage n % _STAGES, for the p-th time, p = n // _STAGES, and
+with it the p-th phases of two barriers, which a wait tells apart by the parity of p:
 
     full    ends when the 128 threads that load have copied their parts, and both tiles are there
     empty   ends when each half has arrived once, after its last read of the stage
 
 The loads of turn n wait for phase p - 1 of empty, and the halves wait for phase p of full. So loads
 are at most _STAGES turns ahead of the slower half, no phase begins before all have waited for the
-one before it, and parity is enough. A half without rows arrives at once. The halves pass a turn at
-the tensor cores to each other twice in every turn, whether they have rows or not.
+one before it, and parity is enough. A half without rows only waits and arrives. An arrival is the
+whole role's: Triton lets its warps meet before it, so none is left in an earlier phase.
+
+For FP8, named barrier 8 is half 0's turn at the tensor cores and 9 is half 1's; each counts 128
+threads that pass the turn and 128 that take it. Half 1 passes once before all. Then in every turn,
+with rows or without, half 0 does take 8, pass 9 twice, and half 1 take 9, pass 8 twice. So the k-th
+take of half 0 waits for what half 1 does after its take k - 1, and take k of half 1 for what half 0
+does after its take k: never for each other. Nobody passes again before the other has taken what was
+passed, so no barrier counts two passes as one turn. Nobody takes the last pass of half 1; that ends
+with the program.
+
+In the order "load n, the halves' products and arrivals n, load n + _STAGES" each wait is for what
+comes earlier. Products n wait for load n, and for the other half's products n or n - 1, and load n
+for arrivals n - _STAGES; no wait depends on another program.
 """
 
 from __future__ import annotations
@@ -321,6 +334,11 @@ def _grouped_blocks(
     )
 
 
+def numbers_and_scales(x: Rows | Fp8Weight) -> tuple[Tensor, Tensor]:
+    """The numbers and their scales, or anything in place of these if there are none."""
+    return (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
+
+
 def takes_blocks(x: Rows, matrix: Weight, rows: int) -> bool:
     """Whether multiply_blocks takes these, in blocks of `rows` rows of x."""
     if isinstance(x, RoundedRows):
@@ -331,7 +349,7 @@ def takes_blocks(x: Rows, matrix: Weight, rows: int) -> bool:
             and matrix.first_column == 0
         )
     else:
-        taken = isinstance(matrix, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+        taken = isinstance(matrix, Tensor) and x.element_size() == matrix.element_size() == 2
     return (
         OVERLAP
         and taken
@@ -354,17 +372,16 @@ def multiply_blocks(
     """See grouped_product. `out_scales`: [groups of columns, padded] if `out` is float8; `whole`:
     then the dtype to which a row is rounded before, else None.
     """
+    assert isinstance(matrix, Tensor | Fp8Weight)
     _, width, depth = matrix.shape
-    rows, numbers, x_scales, scales = x, matrix, None, None
-    if isinstance(matrix, Fp8Weight):
-        assert isinstance(x, RoundedRows)
-        rows, numbers, x_scales, scales = x.numbers, matrix.numbers, x.scales, matrix.scales
-    size = numbers.element_size()
+    numbers, x_scales = numbers_and_scales(x)
+    stack, scales = numbers_and_scales(matrix)
+    size = stack.element_size()
     tile = gl.NVMMASharedLayout(128, 8 * size, 2)
-    tiles = TensorDescriptor.from_tensor(numbers.view(-1, depth), [BLOCK, BLOCK // size], tile)
-    programs = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    tiles = TensorDescriptor.from_tensor(stack.view(-1, depth), [BLOCK, BLOCK // size], tile)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     _grouped_blocks[(programs,)](
-        rows, x_scales, len(rows), tiles, scales, order, groups, out, out_scales,
+        numbers, x_scales, len(numbers), tiles, scales, order, groups, out, out_scales,
         len(out), width // 2 if gated else width, depth, TILE=tile, TOP_K=top_k, GATED=gated,
         EXPERTS=groups.shape[1], WHOLE=whole, num_warps=4, **overlapping(),
     )  # fmt: skip

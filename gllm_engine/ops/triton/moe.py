@@ -34,7 +34,7 @@ from gllm_engine.ops.triton.fp8 import (
     scale_lines,
     scale_to_float8,
 )
-from gllm_engine.ops.triton.grouped import multiply_blocks, takes_blocks
+from gllm_engine.ops.triton.grouped import multiply_blocks, numbers_and_scales, takes_blocks
 from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
@@ -621,7 +621,7 @@ def grouped_product(
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
-    numbers, x_scales = _parts(x)
+    numbers, x_scales = numbers_and_scales(x)
     paired = not gated and tiles.paired
     halves = paired or gated and not isinstance(matrix, PackedWeight)
     columns = _fit(tiles.columns // 2 if halves else tiles.columns, width)
@@ -629,7 +629,7 @@ def grouped_product(
     turn = _turn_columns(matrix, tiles.depth)
     most_blocks = _most_blocks(pairs, held, tiles.rows)
     out = _new_result(x, (pairs, width), columns, then)
-    result, result_scales = _parts(out)
+    result, result_scales = numbers_and_scales(out)
     whole = None if out is result else _WHOLE[x.dtype]
     plain = bias is None and on_input is None and clamp is None
     if plain and takes_blocks(x, matrix, tiles.rows):
@@ -657,11 +657,6 @@ def _is_uniform(options: dict[str, Any], columns: int, up: int) -> bool:
     """Whether the columns of a tile have one scale. `up`: where up begins, 0 if there is none."""
     rows = options["ROWS_PER_SCALE"]
     return rows > 0 and not options["INDEXED"] and rows % columns == 0 and up % columns == 0
-
-
-def _parts(x: Rows) -> tuple[Tensor, Tensor]:
-    """The numbers of rows, and their scales, or anything in place of these if there are none."""
-    return (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
 
 
 def _new_result(x: Rows, size: tuple[int, int], columns: int, then: Weight | None) -> Rows:
