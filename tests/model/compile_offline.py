@@ -63,6 +63,7 @@ def pretend(kernels: dict[str, Any]) -> None:
     JITFunction.run = compile_only
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_properties = lambda *_: MagicMock(multi_processor_count=132)
     torch.cuda.Event = MagicMock
     for name in ("empty", "tensor"):  # there is no pinned memory without a GPU
         make = getattr(torch, name)

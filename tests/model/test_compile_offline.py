@@ -56,8 +56,12 @@ SIZES = {
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
     },
+    # Experts' sizes that whole blocks divide, here and below.
+    "DeepseekV32ForCausalLM": {"hidden_size": 256, "moe_intermediate_size": 128},
     # Of a rank of DeepSeek V3, too.
     "Glm4MoeLiteForCausalLM": {
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "kv_lora_rank": 512,
@@ -76,7 +80,7 @@ KERNELS = set(
     """
     _absorb _activate _apply_sinks _attend_latent _choose _choose_tokens _convolve
     _convolve_blocks _count _decode_attention _dequantize _dequantize_packed
-    _few_down _few_gate_up _gated_norm _gather_latents _gemv _grouped
+    _few_down _few_gate_up _gated_norm _gather_latents _gemv _grouped _grouped_blocks
     _layer_norm _list_pages _look _mean_squares _packed _place _project _quantize _recur
     _recur_blocks _rescale _rms_norm _rotate_and_store _route _score_tokens _skinny
     _solve_blocks _sort_few _split _store_index_key _store_latent _sum
@@ -106,4 +110,6 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in lines} == KERNELS
+    blocks = {shared for name, _, shared, _ in lines if name == "_grouped_blocks"}
+    assert len(blocks) == 2  # with scales, and of 16-bit numbers without
     assert {stack for name, *_, stack in lines if name in UNSPILLED} == {"0"}

@@ -339,6 +339,56 @@ def test_experts_of_fp8_weights(
     assert found[0].isnan().all() and found[1:].isfinite().all()
 
 
+def exact_rows(rows: Tensor | RoundedRows, count: int) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows[:count].double()
+    return rows.numbers[:count].double() * rows.scales[:count].repeat_interleave(128, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["16 bits", "float8", "float8, rounded again"])
+@pytest.mark.parametrize(("first", "held"), [(0, 64), (16, 32)])
+def test_blocks_of_rows(
+    first: int, held: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel for many rows against the one for all others: of some experts every token is one,
+    of one a single token, and of many none. With the same bits in a graph.
+    """
+    from gllm_engine.ops.triton import moe, quantize
+
+    tokens = 3000
+    likely = torch.linspace(8, -8, 64, device=CUDA).index_fill(
+        0, torch.arange(40, 64, device=CUDA), -torch.inf
+    )
+    scores = likely + torch.rand(tokens, 64, device=CUDA).log().neg().log().neg()
+    scores[5, 45] = 99
+    chosen = scores.topk(4).indices.int()
+    float8 = kind != "16 bits"
+    tiles = moe.choose_tiles(tokens, 4, held, RoundedRows if float8 else Tensor)
+    order, groups = moe.sort_pairs(chosen, first, held, tiles.rows)
+    pairs = int(groups[1, held - 1])
+    gate_up, down = (
+        made_fp8((128, 128), held, *size) if float8 else randn(held, *size, dtype=dtype) / 30
+        for size in ((768, 512), (512, 384))
+    )
+    for gated, matrix in ((True, gate_up), (False, down)):
+        x: Any = randn(tokens if gated else tokens * 4, matrix.shape[2], dtype=dtype)
+        x = quantize(x, 128) if float8 else x
+        assert moe.takes_blocks(x, matrix, tiles.rows)
+        then = down if gated and kind == "float8, rounded again" else None
+        args = (x, matrix, order, groups, 4, tiles, gated)
+
+        def product(args: Any = args, then: Any = then, gated: bool = gated) -> Tensor:
+            found = exact_rows(moe.grouped_product(*args, then=then), tokens * 4)
+            return found[:pairs] if gated else found[order[:pairs].long()]
+
+        found = product()
+        check_replays(lambda product=product: [product()], [found])
+        with monkeypatch.context() as patch:
+            patch.setattr(moe, "takes_blocks", lambda *_: False)
+            near(found, product(), 0.03 if then else TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from gllm_engine.ops.triton.fp8 import (
     scale_lines,
     scale_to_float8,
 )
+from gllm_engine.ops.triton.grouped import BLOCK, multiply_blocks, numbers_and_scales, takes_blocks
 from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
@@ -620,7 +621,7 @@ def grouped_product(
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
-    numbers, x_scales = _parts(x)
+    numbers, x_scales = numbers_and_scales(x)
     paired = not gated and tiles.paired
     halves = paired or gated and not isinstance(matrix, PackedWeight)
     columns = _fit(tiles.columns // 2 if halves else tiles.columns, width)
@@ -628,7 +629,12 @@ def grouped_product(
     turn = _turn_columns(matrix, tiles.depth)
     most_blocks = _most_blocks(pairs, held, tiles.rows)
     out = _new_result(x, (pairs, width), columns, then)
-    result, result_scales = _parts(out)
+    result, result_scales = numbers_and_scales(out)
+    whole = None if out is result else _WHOLE[x.dtype]
+    plain = bias is None and on_input is None and clamp is None
+    if plain and takes_blocks(x, matrix, tiles.rows):
+        multiply_blocks(x, matrix, order, groups, top_k, gated, result, result_scales, whole)
+        return out
     _grouped[(most_blocks * cdiv(width, 2 * columns if paired else columns),)](
         numbers, x_scales, len(numbers), bias, on_input, order, groups, result, result_scales,
         len(result), width, depth, **options, ROUNDED=isinstance(x, RoundedRows),
@@ -637,8 +643,7 @@ def grouped_product(
         ON_INPUT=on_input is not None, LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
         COLUMNS=columns, DEPTH=turn, EVEN=depth % turn == 0,
-        WHOLE=None if out is result else _WHOLE[x.dtype],
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
+        WHOLE=whole, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 
@@ -652,11 +657,6 @@ def _is_uniform(options: dict[str, Any], columns: int, up: int) -> bool:
     """Whether the columns of a tile have one scale. `up`: where up begins, 0 if there is none."""
     rows = options["ROWS_PER_SCALE"]
     return rows > 0 and not options["INDEXED"] and rows % columns == 0 and up % columns == 0
-
-
-def _parts(x: Rows) -> tuple[Tensor, Tensor]:
-    """The numbers of rows, and their scales, or anything in place of these if there are none."""
-    return (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
 
 
 def _new_result(x: Rows, size: tuple[int, int], columns: int, then: Weight | None) -> Rows:
@@ -722,14 +722,8 @@ def sum_experts(
             x, weights, experts, gate_up, down, first, total, on_input, biases, clamp
         )
     rounds = _is_rounded(x, gate_up) and _is_rounded(x, down)
-    packed = [weight for weight in (gate_up, down) if isinstance(weight, PackedWeight)]
-    if x.dtype == torch.float32:
-        tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
-    else:
-        kind = PackedWeight if packed else RoundedRows if rounds else Tensor
-        tiles = choose_tiles(tokens, top_k, num_experts, kind)
-        if tiles.rows > 64 and any(runs_of_turn(weight) > 1 for weight in packed):
-            tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
+    bare = not on_input and biases == (None, None) and clamp is None
+    tiles = _tiles_of_both(x, experts, (gate_up, down), num_experts, rounds, bare)
     order, groups = sort_pairs(experts, first, held, tiles.rows)
     scale = weights if on_input else None
     gate_up_bias, down_bias = biases
@@ -749,6 +743,31 @@ def sum_experts(
         **overlapping(),
     )  # fmt: skip
     return out
+
+
+def _tiles_of_both(
+    x: Tensor,
+    experts: Tensor,
+    stacks: tuple[Weight, Weight],
+    num_experts: int,
+    rounds: bool,
+    bare: bool,
+) -> Tiles:
+    """Of both products, which have the same rows. `bare`: they have no biases, limits or factors of
+    their input.
+    """
+    tokens, top_k = experts.shape
+    packed = [stack for stack in stacks if isinstance(stack, PackedWeight)]
+    if x.dtype == torch.float32:
+        return _EXACT_PACKED_TILES if packed else _EXACT_TILES
+    kind = PackedWeight if packed else RoundedRows if rounds else Tensor
+    tiles = choose_tiles(tokens, top_k, num_experts, kind)
+    if tiles.rows > 64 and any(runs_of_turn(stack) > 1 for stack in packed):
+        return _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
+    # multiply_blocks is faster than tiles of 64 rows, too.
+    if kind is Tensor and bare and tiles.rows == 64 and takes_blocks(x, stacks[0], BLOCK):
+        return _TILES[-1][1] if takes_blocks(x, stacks[1], BLOCK) else tiles
+    return tiles
 
 
 def _is_rounded(x: Tensor, matrix: Weight) -> bool:
