@@ -50,9 +50,9 @@ _MIN_PART = 256
 _BLOCK = 128
 _TILE_BYTES = 1 << 14
 _WARPS, _STAGES = 4, 3
-# Elements of partials that one iteration of the join loads. More would need more registers than the
-# loop over a part: at 168 registers per thread, three programs share a multiprocessor.
-_JOINED = 2048
+# Partials that are on their way to the join at once, and most numbers of these: in registers.
+_JOINED = 8
+_JOINED_NUMBERS = 1 << 13
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -94,7 +94,10 @@ def _split(
     span = length - first
     share = tl.cdiv(tl.cdiv(tl.sum(span.to(tl.int64), 0), EXTRA), BLOCK).to(tl.int32) * BLOCK
     share = tl.maximum(share, MIN)
-    count = tl.cdiv(span, share)
+    # Rounded to the nearest: a short part more would cost more than it saves.
+    count = tl.maximum((span + share // 2) // share, 1)
+    own = tl.maximum(tl.cdiv(tl.cdiv(span, count), BLOCK), 1) * BLOCK
+    count = tl.cdiv(span, own)
     end = tl.cumsum(count, 0)
     tl.store(starts, 0)
     tl.store(starts + 1 + row, end, mask=row < rows)
@@ -105,9 +108,9 @@ def _split(
         tl.store(at + capacity, part, mask=there)
         tl.store(at + 2 * capacity, count, mask=there)
         tl.store(at + 3 * capacity, first, mask=there)
-        tl.store(at + 4 * capacity, tl.minimum(first + share, length), mask=there)
+        tl.store(at + 4 * capacity, tl.minimum(first + own, length), mask=there)
         tl.store(at + 5 * capacity, slot, mask=there)
-        first += share
+        first += own
     total = tl.sum(count, 0)
     for start in range(0, capacity, ROWS):
         at = start + row
@@ -221,27 +224,28 @@ def _join(
 ):  # fmt: skip
     """Join `used` partials from item `part` on into `out`, for the query heads of one K/V head.
 
-    Partials of consecutive items are STEP heads apart.
+    Partials of consecutive items are STEP heads apart. Threads exchange nothing.
     """
-    number, head, d = tl.arange(0, JOINED), tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    head, d = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
     wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
     top = tl.full((BLOCK_GROUP,), -1e30, tl.float32)  # finite: else padding heads compute inf - inf
     denominator = tl.zeros((BLOCK_GROUP,), tl.float32)
     acc = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
     for start in range(0, used, JOINED):
-        at = ((part + start + number) * STEP + first_head)[:, None] + head[None, :]
-        there = (start + number < used)[:, None] & (head < GROUP)[None, :]
-        peak = tl.load(peaks + at, mask=there, other=-float("inf"), cache_modifier=".cg")
-        total = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            parts + at[:, :, None] * DIM + d[None, None, :],
-            mask=there[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        higher = tl.maximum(top, tl.max(peak, 0))
-        weight, decay = tl.exp2(peak - higher[None, :]), tl.exp2(top - higher)
-        denominator = denominator * decay + tl.sum(total * weight, 0)
-        acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
-        top = higher
+        for number in tl.static_range(JOINED):
+            at = (part + start + number) * STEP + first_head + head
+            there = (start + number < used) & (head < GROUP)
+            peak = tl.load(peaks + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+            total = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
+            values = tl.load(
+                parts + at[:, None] * DIM + d[None, :],
+                mask=there[:, None] & wanted, other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            higher = tl.maximum(top, peak)
+            weight, decay = tl.exp2(peak - higher), tl.exp2(top - higher)
+            denominator = denominator * decay + total * weight
+            acc = acc * decay[:, None] + values * weight[:, None]
+            top = higher
     place = out + head[:, None] * DIM + d[None, :]
     store_rounded(place, acc / denominator[:, None], wanted)
 
@@ -325,8 +329,8 @@ def decode_attention(
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
         BLOCK_DIM=block_dim, PAGE=page_size,
         BLOCK=max(16, min(_BLOCK, _TILE_BYTES // (block_dim * cache.element_size()))),
-        JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, PAIRED=paired,
+        JOINED=max(1, min(_JOINED, _JOINED_NUMBERS // (block_group * block_dim))),
+        BLOCK_GROUP=block_group, CAPPED=softcap is not None, PAIRED=paired,
         num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out
