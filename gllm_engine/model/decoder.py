@@ -408,7 +408,7 @@ class Decoder:
         kinds: dict[Any, AttentionLayer] = {}
         # Before layers with the same kernels, which need those over float8 pages too.
         if self.tower is not None and (of_tower := self.tower.compiled_attention) is not None:
-            pages = torch.empty(1, 2, page_size, of_tower.kv_heads, of_tower.head_dim)
+            pages = torch.empty(0, 2, page_size, of_tower.kv_heads, of_tower.head_dim)
             kinds[of_tower] = AttentionLayer(pages.to(self.device, self.dtype), of_tower)
         for layer in self.layers_of_all_stages() if layers_move else self.layers:
             shape = layer.mixer.attention

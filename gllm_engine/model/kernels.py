@@ -118,7 +118,7 @@ def _name(part: Part) -> str:
 def _of_part(part: Part, dtype: torch.dtype, cache_dtype: torch.dtype, device: DeviceKind) -> str:
     match part:
         case Gqa():
-            return attention_kernels(device, part.head_dim, dtype, cache_dtype, part.softcap)
+            return attention_kernels(device, part.attention, dtype, cache_dtype)
         case Mla():
             shape = part.attention
             return latent_kernels(device, shape.key_dim, shape.value_dim, dtype)

@@ -16,12 +16,15 @@ FlashInfer plans on the host (`plan`): it divides a step's attention among the m
 before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3 kernels run on
 Hopper, its FlashAttention-2 kernels on other GPUs.
 
+FlashAttention-2 is faster for short chunks after long contexts; `are_short` tells which. It takes
+minutes to compile, and layers with a window or a softcap do without it if they can.
+
 Over float8 pages FlashAttention-3 needs float8 queries, and rounds the weights of values too. So
 `rotate_and_store` keeps all heads of a step with chunks as pages hold K and V: with a scale of 1.
 Queries are far below 448, the largest number of float8, and what is beyond becomes 448. Queries of
-decode rows are not rounded. Nor are those of short chunks, for which FlashAttention-2 is faster,
-nor of layers with a softcap, which float8 kernels lack: there chunks over pages use
-FlashAttention-2, in twice the time. On other GPUs nothing is rounded but what is read from pages.
+decode rows are not rounded. Nor are those of short chunks, nor of layers with a softcap, which
+float8 kernels lack: there chunks over pages use FlashAttention-2, in twice the time. On other GPUs
+nothing is rounded but what is read from pages.
 
 Long segments of a vision tower have FlashAttention-3 too, on Hopper. It takes heads of 64, 128 and
 256 channels, so that others are padded with zeros.
@@ -57,6 +60,7 @@ from gllm_engine.ops.kernels import (
     SCORE_BYTES,
     chunk_backend,
     has_chunk_kernels,
+    has_short_chunks,
     on_hopper,
     padded_head,
     rounds_chunks,
@@ -401,9 +405,13 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     jobs = []
     for layer in kinds.values():
         cache = layer.cache
-        # One kernel serves chunks with and without a context, but over pages of float8.
-        is_latent = isinstance(layer.shape, LatentShape)
-        starts = (0,) if cache.dtype == dtype or is_latent else (0, 2)
+        # One kernel serves chunks with and without a context, but for short ones and over pages of
+        # float8. A tower has no pages.
+        starts = [0]
+        if len(cache) and not isinstance(layer.shape, LatentShape):
+            hopper = on_hopper(cache.device)
+            if cache.dtype != dtype or has_short_chunks(hopper, layer.shape, dtype, cache.dtype):
+                starts.append(1000)  # after which two tokens are a short chunk
         jobs += [(tiny_chunk(start, cache.shape[2], cache.device), layer) for start in starts]
     dims = sorted({dim for dim, *_ in kinds})
     what = f"attention of chunks, heads of {dims}, {dtype} over {layers[-1].cache.dtype}"
@@ -502,10 +510,7 @@ class FlashInferPlanner:
             )
         if len(batch.query_lens) > n:
             rows = prefill_rows(batch, window if shape.chunked else None)
-            hopper = on_hopper(self._device)
-            plan.rounds = rounds_chunks(hopper, self._dtype, cache.dtype, shape.softcap)
-            options = _options(shape, self._dtype)
-            self._plan_prefill(plan, rows, batch.page_table, cache, options, group)
+            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group)
         return plan
 
     def _is_fast(self, cache: Tensor, shape: AttentionShape) -> bool:
@@ -519,23 +524,29 @@ class FlashInferPlanner:
         rows: PrefillRows,
         page_table: Tensor,
         cache: Tensor,
-        options: dict[str, Any],
+        shape: AttentionShape,
         group: int,
     ) -> None:
         """Add the plans of prefill chunks to `plan`."""
         paged = rows.num_paged
         plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
+        hopper = on_hopper(self._device)
+        plan.rounds = rounds_chunks(hopper, self._dtype, cache.dtype, shape.softcap)
+        options = _options(shape, self._dtype)
         rounded = options | {"q_data_type": cache.dtype}
         if paged:
             some = rows.up_to(paged)
-            plan.rounds_paged = plan.rounds and not are_short(some)
+            short = has_short_chunks(hopper, shape, self._dtype, cache.dtype)
+            short = short and are_short(some, shape.heads, cache.element_size())
+            plan.rounds_paged = plan.rounds and not short
             of_pages = rounded if plan.rounds_paged else options
-            plan.chunks = self._plan_chunks(some, page_table, cache, of_pages, group)
+            backend = chunk_backend(hopper and not short, cache.dtype == of_pages["q_data_type"])
+            plan.chunks = self._plan_chunks(some, page_table, cache, of_pages, backend, group)
         plan.keeps = plan.rounds_paged or paged < len(rows.ends)
         if paged < len(rows.ends):
             options = rounded if plan.rounds else options
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            backend = chunk_backend(on_hopper(self._device), True)
+            backend = chunk_backend(hopper, True)
             plan.fresh = self._wrapper(kind, options, backend, group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **options)
@@ -634,9 +645,9 @@ class FlashInferPlanner:
         page_table: Tensor,
         cache: Tensor,
         options: dict[str, Any],
+        backend: str,
         group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        backend = chunk_backend(on_hopper(self._device), cache.dtype == options["q_data_type"])
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, options, backend, group)
         page_size = cache.shape[2]
         pages = ListedPages(rows, page_size, window=options["window_left"] + 1)
@@ -656,10 +667,10 @@ class FlashInferPlanner:
         return wrapper
 
     def _wrapper(self, kind: type, options: dict[str, Any], backend: str, group: int) -> Any:
-        """The wrapper of a kind for `options` from _options and a group, made at the first call. A
-        kind and options always come with the same `backend`.
+        """The wrapper of a kind for `options` from _options, a backend and a group, made at the
+        first call.
         """
-        key = (kind, group, *options.values())
+        key = (kind, backend, group, *options.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)

@@ -17,8 +17,8 @@ import torch
 
 from gllm_engine.ops.batch import Batch, made_up_step
 
-# Columns of the page table: a multiple of 16, like a real page table's.
-_MAX_PAGES = 16
+# Columns of the page table: a multiple of 16, like a real page table's, for pages of any size.
+_MAX_PAGES = 1024
 
 Attention = TypeVar("Attention")  # a layer's attention, as `plan` takes it
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from gllm_engine.attention_shape import AttentionShape
+
 # GPUs with different kernels.
 DeviceKind = Literal["hopper", "gpu"]  # "gpu": any other GPU
 
@@ -85,6 +87,17 @@ def rounds_chunks(
     return is_hopper and dtype in HALF and cache_dtype != dtype and softcap is None
 
 
+def has_short_chunks(
+    is_hopper: bool, shape: AttentionShape, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> bool:
+    """Whether short chunks over pages use FlashAttention-2, and long ones FlashAttention-3. Windows
+    and softcaps have other kernels, which are not worth their compilation for pages of `dtype`.
+    """
+    windowed = shape.window is not None and not shape.chunked
+    plain = is_hopper and dtype in HALF and shape.softcap is None
+    return plain and (cache_dtype != dtype or not windowed)
+
+
 def has_scaled_product(
     dtype: torch.dtype, block: tuple[int, int] | None = None, is_hopper: bool = False
 ) -> bool:
@@ -112,21 +125,19 @@ def has_int8_product(dtype: torch.dtype, width: int, depth: int) -> bool:
 
 
 def attention_kernels(
-    device: DeviceKind,
-    head_dim: int,
-    dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    softcap: float | None,
+    device: DeviceKind, shape: AttentionShape, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> str:
     """The kernels of attention over K and V in pages: of decode rows, then of prefill chunks."""
-    if not has_chunk_kernels(head_dim, dtype):
-        why = f"heads of {head_dim} in {str(dtype).removeprefix('torch.')}"
+    if not has_chunk_kernels(shape.head_dim, dtype):
+        why = f"heads of {shape.head_dim} in {str(dtype).removeprefix('torch.')}"
         return f"decode: Triton; prefill: plain torch (slow), for {why}"
     hopper = device == "hopper"
     fresh = chunk_backend(hopper, True)
     more = ""
-    if rounds_chunks(hopper, dtype, cache_dtype, softcap):
-        more = ", with queries rounded to FP8; short chunks after the first one: fa2"
+    if rounds_chunks(hopper, dtype, cache_dtype, shape.softcap):
+        more = ", with queries rounded to FP8"
+    if has_short_chunks(hopper, shape, dtype, cache_dtype):
+        more += "; short chunks after the first one: fa2"
     elif (later := chunk_backend(hopper, cache_dtype == dtype)) != fresh:
         more = f"; chunks after the first one: {later}"
     return f"decode: Triton; prefill: FlashInfer {fresh}{more}"

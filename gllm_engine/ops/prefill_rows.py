@@ -13,10 +13,14 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, HostInts
 
-# Tokens of a chunk below which FlashAttention-2 is the faster one over float8 pages. It has a tile
-# for the queries of all heads with the same K and V, and several programs for a long context;
-# FlashAttention-3 has a tile of 128 queries for each head, and one program.
-_SHORT = 32
+# FlashAttention-3 has a program for each tile of so many queries of a head, and so many programs at
+# once: Hopper's multiprocessors.
+_QUERIES = 128
+_PROGRAMS = 132
+# FlashAttention-2 takes so many times as long over pages of float8, which it converts, and half of
+# that over others. It takes as long as a tile with so many tokens to divide contexts.
+_SLOWNESS = 3.5
+_DIVIDING = 512
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,18 @@ class PrefillRows:
         )
 
 
-def are_short(rows: PrefillRows) -> bool:
-    """Whether chunks are short, on average over the tokens of contexts."""
-    return bool(np.dot(rows.query_lens, rows.ends) < _SHORT * rows.ends.sum())
+def are_short(rows: PrefillRows, heads: int, itemsize: int) -> bool:
+    """Whether chunks of `heads` heads are short: FlashAttention-2 is the faster one for them.
+
+    It divides any work evenly: it has tiles of the queries of all heads with the same K and V, and
+    several programs for a long context. FlashAttention-3 takes the time of full tiles, and at least
+    that of one tile with the longest context. `itemsize`: bytes of a number of the cache.
+    """
+    seen = rows.ends - rows.begins
+    tiles = -(-rows.query_lens // _QUERIES)
+    busiest = max(heads * np.dot(tiles, seen) / _PROGRAMS, seen.max())
+    even = heads * np.dot(rows.query_lens, seen) / _QUERIES / _PROGRAMS
+    return bool(_SLOWNESS / itemsize * even + _DIVIDING < busiest)
 
 
 def prefill_rows(batch: Batch, chunk: int | None) -> PrefillRows:

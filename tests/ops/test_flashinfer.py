@@ -308,15 +308,17 @@ def test_both_forms_of_latent_attention_are_equal(
     ("is_hopper", "softcap", "rows"),
     [(True, None, STEP), (True, None, STEP[2:4]), (True, 30.0, STEP[2:]), (False, None, STEP)],
 )
-@pytest.mark.parametrize("short", [0, 1000])
-def test_chunks_over_float8_pages(
+@pytest.mark.parametrize("kind", [FLOAT8, torch.float16])
+@pytest.mark.parametrize("short", [False, True])
+def test_chunks_over_pages(
     backend: ModuleType,
     planner: Any,
     monkeypatch: pytest.MonkeyPatch,
     is_hopper: bool,
     softcap: float | None,
     rows: list[tuple[int, int]],
-    short: int,
+    kind: torch.dtype,
+    short: bool,
 ) -> None:
     """Wrappers check the dtypes of what they get. Rounding changes none of these numbers; the
     stand-in knows no softcap.
@@ -325,23 +327,26 @@ def test_chunks_over_float8_pages(
         monkeypatch.setattr(module, "on_hopper", lambda _: is_hopper)
     monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(prefill_rows, "_SHORT", short)
+    monkeypatch.setattr(backend, "are_short", lambda *_: short)
     planner._stages, planner._dtype = Unstaged(), torch.float16
     torch.manual_seed(0)
     batch = mixed_step(rows, 16)
-    cache = torch.randn(int(batch.page_table.max()) + 1, 2, 16, 3, 16).to(FLOAT8)
+    cache = torch.randn(int(batch.page_table.max()) + 1, 2, 16, 3, 16).to(FLOAT8).to(kind)
     plan = planner.plan(batch, cache, AttentionShape(3, 3, 16, None, softcap=softcap))
-    rounds = is_hopper and softcap is None
+    plain = is_hopper and softcap is None
+    rounds = plain and kind == FLOAT8
     fresh = len(rows) > 2
     assert (plan.rounds, plan.rounds_paged) == (rounds, rounds and not short)
     assert plan.keeps == (plan.rounds_paged or fresh)
-    assert plan.chunks.backend == ("fa3" if plan.rounds_paged else "fa2")
+    as_cache = is_hopper and kind == torch.float16
+    splits = short if plain else not as_cache
+    assert plan.chunks.backend == ("fa2" if splits else "fa3")
     assert (plan.fresh is not None) == fresh
     if plan.fresh is not None:
         assert plan.fresh.backend == ("fa3" if is_hopper else "fa2")
     qkv = torch.randn(len(batch.tokens), 9, 16).to(FLOAT8).half()
     found = backend.rotate_and_store(qkv, 3, None, None, cache, plan)
-    expected = qkv.to(FLOAT8) if is_hopper else qkv[:, 3:]
+    expected = qkv.to(FLOAT8) if is_hopper and kind == FLOAT8 else qkv[:, 3:]
     assert (found.kept is not None) == plan.keeps
     if found.kept is not None:
         assert found.kept.dtype == expected.dtype
@@ -355,24 +360,38 @@ def test_chunks_over_float8_pages(
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
 @pytest.mark.parametrize("is_hopper", [False, True])
-def test_kernels_over_float8_pages_are_compiled_once(
+def test_kernels_over_pages_are_compiled_once(
     backend: ModuleType, monkeypatch: pytest.MonkeyPatch, is_hopper: bool
 ) -> None:
-    """One with float8 queries, one for short chunks; and a tower's."""
-    jobs: list[tuple[int, Any]] = []
+    """One for long chunks, and one for short ones unless a window or a softcap is not worth it; and
+    a tower's, which has no pages.
+    """
+    jobs: list[tuple[bool, Any]] = []
 
     def keep(what: str, plan: Any, wanted: list[Any]) -> None:
-        jobs.extend((int(chunk.context_lens_cpu[0]), layer.shape) for chunk, layer in wanted)
+        for chunk, layer in wanted:
+            rows = prefill_rows.prefill_rows(chunk, None)
+            short = prefill_rows.are_short(rows, layer.shape.heads, layer.cache.element_size())
+            assert short == bool(rows.num_paged)
+            jobs.append((short, layer.shape))
 
     monkeypatch.setattr(backend, "compile_all", keep)
     monkeypatch.setattr(backend, "on_hopper", lambda _: is_hopper)
     float8, half = (torch.empty(1, 2, 16, 2, 64, dtype=kind) for kind in (FLOAT8, torch.float16))
     tower, plain = (AttentionShape(heads, 2, 64, None) for heads in (2, 4))
-    capped = replace(plain, softcap=30.0)
-    layers = [(half, tower), (float8, plain), (float8, capped)]
+    capped, windowed = replace(plain, softcap=30.0), replace(plain, window=20)
+    layers = [(half[:0], tower), (float8, plain), (float8, capped)]
     backend.compile_attention([ops.AttentionLayer(*layer) for layer in layers], torch.float16)
-    both = [(2, plain), (4, plain), (2, capped), (4, capped)]
-    assert jobs == ([(2, tower)] if is_hopper else []) + both
+    both = [(False, plain), (True, plain), (False, capped), (True, capped)]
+    assert jobs == ([(False, tower)] if is_hopper else []) + both
+    jobs.clear()
+    layers = [(half[:0], tower), (half, capped), (half, windowed)]
+    backend.compile_attention([ops.AttentionLayer(*layer) for layer in layers], torch.float16)
+    assert jobs == [(False, tower), (False, capped), (False, windowed)]
+    jobs.clear()
+    layers = [(half[:0], tower), (half, plain)]
+    backend.compile_attention([ops.AttentionLayer(*layer) for layer in layers], torch.float16)
+    assert jobs == both[: 1 + is_hopper]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 import naive_routing
+import numpy as np
 import pytest
 import torch
 from test_reference import make_case
@@ -203,7 +204,7 @@ def test_decode_attention(
 ) -> None:
     """Rows of one part and of several; parts that only a window leaves."""
     num_heads, kv_heads = heads
-    contexts = [1, 17, 256, 300, 900, 257]
+    contexts = [1, 17, 256, 300, 4000, 257]
     batch, kv, cache = make_case([(n, 1) for n in contexts], 16, kv_heads, 1, dim)
     q = torch.randn(len(contexts), num_heads, dim)
     plan = reference.plan_attention(batch, cache, window, None, *scores)
@@ -218,6 +219,35 @@ def test_decode_attention(
     # Nothing is left over from the first time.
     assert triton.decode_attention(q, cache, parts, out, *scores) is out
     near(out, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "window", "parts"),
+    [
+        ([8192] * 16, None, [3] * 16),  # as many as 384 programs for 8 heads are
+        ([640] * 64, None, [1] * 64),  # a second part would be a short one
+        ([383, 384, 1, 2600], None, [1, 2, 1, 7]),
+        ([32768], None, [43]),
+        ([100, 32768], 3000, [1, 12]),
+        ([8191] + [5] * 70, 8000, [21] + [1] * 70),
+    ],
+)
+def test_contexts_are_split_evenly(
+    contexts: list[int], window: int | None, parts: list[int]
+) -> None:
+    lens, slots = torch.tensor(contexts), torch.arange(len(contexts)) + 3
+    plan = triton.split_kv(torch.empty(0), slots, lens, 8, window)
+    items = [item for item in plan.items.T.tolist() if item[0] >= 0]
+    assert [row for row, *_ in items] == np.arange(len(parts)).repeat(parts).tolist()
+    assert plan.starts.tolist() == [0, *np.cumsum(parts)]
+    for row, length in enumerate(contexts):
+        own = items[plan.starts[row] : plan.starts[row + 1]]
+        assert [item[1:3] for item in own] == [[i, parts[row]] for i in range(parts[row])]
+        begins, ends = [item[3] for item in own], [item[4] for item in own]
+        assert begins == [max(0, length - (window or length)), *ends[:-1]] and ends[-1] == length
+        sizes = [end - first for first, end in zip(begins, ends, strict=True)]
+        assert sizes[:-1] == sizes[:1] * (len(own) - 1) and 0 < sizes[-1] <= sizes[0]
+        assert {item[5] for item in own} == {row + 3}
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_reference import make_case
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gllm_engine.ops import prefill_rows as module
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.prefill_rows import ListedPages, are_short, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, are_short, prefill_rows
 
 PAGE = 4
 # (context, tokens in the step): two decode rows, then prefill chunks.
@@ -40,14 +41,38 @@ def test_rows_that_see_everything_before_them(batch: Batch) -> None:
     assert prefill_rows(fresh, None).num_paged == 0
 
 
-def test_short_chunks(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On average over the tokens of contexts."""
-    rows = prefill_rows(batch, None).up_to(4)
-    mean = (5 * 5 + 16 * 16 + 4 * 21 + 17 * 40) / (5 + 16 + 21 + 40)
-    monkeypatch.setattr(module, "_SHORT", mean + 0.01)
-    assert are_short(rows)
-    monkeypatch.setattr(module, "_SHORT", mean - 0.01)
-    assert not are_short(rows)
+@pytest.mark.parametrize(
+    ("rows", "heads", "even", "busiest"),
+    [
+        # One program is busy, with a tile of 128 queries.
+        ([(8000, 128)], 32, 8000 * 32 / 132, 8000),
+        ([(8000, 64)], 32, 8000 * 16 / 132, 8000),
+        ([(8000, 128)], 8, 8000 * 8 / 132, 8000),
+        ([(128, 128), (8000, 128)], 32, 8128 * 32 / 132, 8000),
+        # All programs are busy: with tiles that are full, or not.
+        ([(8000, 256)] * 16, 32, 8000 * 1024 / 132, 8000 * 1024 / 132),
+        ([(8000, 129)] * 16, 32, 8000 * 516 / 132, 8000 * 1024 / 132),
+        ([(8000, 16)] * 16, 32, 8000 * 64 / 132, 8000 * 512 / 132),
+    ],
+)
+def test_short_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[tuple[int, int]],
+    heads: int,
+    even: float,
+    busiest: float,
+) -> None:
+    """Times are in tokens of the context of one tile. Tokens that a row does not see count for
+    nothing.
+    """
+    ends, lens = np.array(rows).T
+    unseen = np.full_like(ends, 5000)
+    made = PrefillRows(torch.arange(len(rows)), lens, ends + unseen, unseen)
+    for itemsize in (1, 2):
+        for more in (1, -1):
+            slowness = (busiest - module._DIVIDING + more) / even * itemsize
+            monkeypatch.setattr(module, "_SLOWNESS", slowness)
+            assert are_short(made, heads, itemsize) == (more < 0)
 
 
 @pytest.mark.parametrize("chunk", [4, 8, 16, 64])

@@ -235,7 +235,7 @@ def test_a_float8_cache_has_twice_the_pages() -> None:
     float8 = estimate(small(kv_cache_dtype="fp8"), arch, 32 * GIB)
     assert float8.num_pages / plain.num_pages == pytest.approx(2, rel=1e-2)
     hopper = [found.kernels[0].kernels["hopper"] for found in (plain, float8)]
-    assert hopper[0].endswith("FlashInfer fa3")
+    assert hopper[0].endswith("FlashInfer fa3; short chunks after the first one: fa2")
     assert hopper[1].endswith("rounded to FP8; short chunks after the first one: fa2")
     others = [found.kernels[0].kernels["gpu"] for found in (plain, float8)]
     assert others[0] == others[1] and others[0].endswith("FlashInfer fa2")

@@ -40,18 +40,19 @@ from gllm_engine.ops.triton.launch_sizes import next_power_of_2
 from gllm_engine.ops.triton.memory import load, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 
-# Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
-_EXTRA_PARTS = 32
+# Programs beyond one per row and K/V head, for few rows: nearly as many as Hopper's multiprocessors
+# hold, which is three each.
+_PROGRAMS = 384
 # Least tokens of a part: joining shorter parts costs more than splitting saves.
 _MIN_PART = 256
 # Most tokens in one iteration of the loop over a part, and most bytes of their K tile: several such
 # tiles are in shared memory at once.
 _BLOCK = 128
-_TILE_BYTES = 1 << 15
+_TILE_BYTES = 1 << 14
 _WARPS, _STAGES = 4, 3
-# Elements of partials that one iteration of the join loads. More would need more registers than the
-# loop over a part: at 168 registers per thread, three programs share a multiprocessor.
-_JOINED = 2048
+# Partials that are on their way to the join at once, and most numbers of these: in registers.
+_JOINED = 8
+_JOINED_NUMBERS = 1 << 13
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -60,13 +61,11 @@ class KvSplits:
     """How the contexts of a step's decode rows are split into parts, and the arrival counters."""
 
     page_table: Tensor  # [slots, pages]
-    slots: Tensor  # [rows]
     lens: Tensor  # [rows] context lengths
-    window: int | None
-    chunked: bool
-    items: Tensor  # [3, parts] int32: row (-1: unused), index of the part, number of row's parts
+    # [6, parts] int32: row (-1: unused), index of the part, number of the row's parts, first token,
+    # end, slot: all that a program needs, so that it waits for memory once before it reads pages
+    items: Tensor
     arrived: Tensor  # [rows, kv_heads] int32: finished parts; all 0 between launches
-    share: Tensor  # [1] int32: tokens of a full part
     starts: Tensor  # [rows + 1] int32: the first part of each row, and the number of parts
 
 
@@ -84,17 +83,21 @@ def _first_seen(length, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
 # Without this, Triton compiles one kernel for counts divisible by 16 and another one for the rest.
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def _split(
-    lens, items, arrived, share_out, starts, rows, capacity, kv_heads,
+    slots, lens, items, arrived, starts, rows, capacity, kv_heads,
     EXTRA: tl.constexpr, MIN: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)
     length = tl.load(lens + row, mask=row < rows, other=0).to(tl.int32)
-    span = length - _first_seen(length, WINDOW, CHUNKED)
+    slot = tl.load(slots + row, mask=row < rows, other=0)
+    first = _first_seen(length, WINDOW, CHUNKED)
+    span = length - first
     share = tl.cdiv(tl.cdiv(tl.sum(span.to(tl.int64), 0), EXTRA), BLOCK).to(tl.int32) * BLOCK
     share = tl.maximum(share, MIN)
-    tl.store(share_out, share)
-    count = tl.cdiv(span, share)
+    # Rounded to the nearest: a short part more would cost more than it saves.
+    count = tl.maximum((span + share // 2) // share, 1)
+    own = tl.maximum(tl.cdiv(tl.cdiv(span, count), BLOCK), 1) * BLOCK
+    count = tl.cdiv(span, own)
     end = tl.cumsum(count, 0)
     tl.store(starts, 0)
     tl.store(starts + 1 + row, end, mask=row < rows)
@@ -104,6 +107,10 @@ def _split(
         tl.store(at, row, mask=there)
         tl.store(at + capacity, part, mask=there)
         tl.store(at + 2 * capacity, count, mask=there)
+        tl.store(at + 3 * capacity, first, mask=there)
+        tl.store(at + 4 * capacity, tl.minimum(first + own, length), mask=there)
+        tl.store(at + 5 * capacity, slot, mask=there)
+        first += own
     total = tl.sum(count, 0)
     for start in range(0, capacity, ROWS):
         at = start + row
@@ -119,27 +126,27 @@ def split_kv(
     kv_heads: int,
     window: int | None,
     chunked: bool = False,
-    extra: int = _EXTRA_PARTS,
+    extra: int | None = None,
     least: int = _MIN_PART,
 ) -> KvSplits:
     """Split contexts of `lens` [rows] tokens, at least 1 each, into parts of about equal length.
 
     `kv_heads`: arrival counters of a row; 0: parts are joined by another kernel. `window`,
-    `chunked`: as AttentionPlanner.plan. `extra`: parts beyond one per row. `least`: tokens of a
-    part, but for a row's last one. The host does not wait.
+    `chunked`: as AttentionPlanner.plan. `extra`: parts beyond one per row; None: as many as suit
+    decode_attention. `least`: tokens of a part, but for a row's last one. The host does not wait.
     """
+    extra = extra or max(1, _PROGRAMS // kv_heads)
     rows = slots.shape[0]
     capacity = rows + extra
-    items = slots.new_empty(3, capacity, dtype=torch.int32)
+    items = slots.new_empty(6, capacity, dtype=torch.int32)
     arrived = items.new_empty(rows, kv_heads)
-    share = items.new_empty(1)
     starts = items.new_empty(rows + 1)
     _split[(1,)](
-        lens, items, arrived, share, starts, rows, capacity, kv_heads, EXTRA=extra, MIN=least,
+        slots, lens, items, arrived, starts, rows, capacity, kv_heads, EXTRA=extra, MIN=least,
         WINDOW=window or 0, CHUNKED=chunked, BLOCK=min(_BLOCK, least),
         ROWS=next_power_of_2(rows), num_warps=4,
     )  # fmt: skip
-    return KvSplits(page_table, slots, lens, window, chunked, items, arrived, share, starts)
+    return KvSplits(page_table, lens, items, arrived, starts)
 
 
 @triton.jit
@@ -168,11 +175,16 @@ def _attend_part(
     if PAIRED:
         x_even, x_odd = _halves(x, HEADS, BLOCK_DIM)
         acc_odd = tl.zeros((HEADS, BLOCK_WIDTH), tl.float32)
+    # Page numbers come an iteration early. If K and V waited for a load of the same iteration,
+    # Triton would start their copies only when nothing is left to compute.
+    at = first + tl.arange(0, BLOCK)
+    page = tl.load(table + at // PAGE, mask=at < end, other=0)
     for start in range(first, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
-        page = tl.load(table + at // PAGE, mask=inside, other=0)
-        line = ((page * 2 * PAGE + at % PAGE) * KV + kv_head) * WIDTH
+        now = page
+        page = tl.load(table + (at + BLOCK) // PAGE, mask=at + BLOCK < end, other=0)
+        line = ((now * 2 * PAGE + at % PAGE) * KV + kv_head) * WIDTH
         mask = inside[None, :] & (d < WIDTH)[:, None]
         k = tl.load(cache + line[None, :] + d[:, None], mask=mask, other=0 if PAIRED else 0.0)
         v_line = line + PAGE * KV * WIDTH
@@ -212,48 +224,48 @@ def _join(
 ):  # fmt: skip
     """Join `used` partials from item `part` on into `out`, for the query heads of one K/V head.
 
-    Partials of consecutive items are STEP heads apart.
+    Partials of consecutive items are STEP heads apart. Threads exchange nothing.
     """
-    number, head, d = tl.arange(0, JOINED), tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    head, d = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
     wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
     top = tl.full((BLOCK_GROUP,), -1e30, tl.float32)  # finite: else padding heads compute inf - inf
     denominator = tl.zeros((BLOCK_GROUP,), tl.float32)
     acc = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
     for start in range(0, used, JOINED):
-        at = ((part + start + number) * STEP + first_head)[:, None] + head[None, :]
-        there = (start + number < used)[:, None] & (head < GROUP)[None, :]
-        peak = tl.load(peaks + at, mask=there, other=-float("inf"), cache_modifier=".cg")
-        total = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            parts + at[:, :, None] * DIM + d[None, None, :],
-            mask=there[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        higher = tl.maximum(top, tl.max(peak, 0))
-        weight, decay = tl.exp2(peak - higher[None, :]), tl.exp2(top - higher)
-        denominator = denominator * decay + tl.sum(total * weight, 0)
-        acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
-        top = higher
+        for number in tl.static_range(JOINED):
+            at = (part + start + number) * STEP + first_head + head
+            there = (start + number < used) & (head < GROUP)
+            peak = tl.load(peaks + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+            total = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
+            values = tl.load(
+                parts + at[:, None] * DIM + d[None, :],
+                mask=there[:, None] & wanted, other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            higher = tl.maximum(top, peak)
+            weight, decay = tl.exp2(peak - higher), tl.exp2(top - higher)
+            denominator = denominator * decay + total * weight
+            acc = acc * decay[:, None] + values * weight[:, None]
+            top = higher
     place = out + head[:, None] * DIM + d[None, :]
     store_rounded(place, acc / denominator[:, None], wanted)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _decode_attention(
-    q, cache, page_table, slots, lens, items, arrived, share_in, sinks, out, parts, peaks, sums,
+    q, cache, page_table, items, arrived, sinks, out, parts, peaks, sums,
     capacity, width, scale, cap,
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
-    BLOCK: tl.constexpr, JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
-    PAIRED: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    item, kv_head = tl.program_id(0), tl.program_id(1)
+    # The heads of a token are neighbours in memory, and read at the same time.
+    kv_head, item = tl.program_id(0), tl.program_id(1)
     begin_alone()
-    row = tl.load(items + item)
+    its = items + item
+    row, part, used = tl.load(its), tl.load(its + capacity), tl.load(its + 2 * capacity)
+    first, end = tl.load(its + 3 * capacity), tl.load(its + 4 * capacity)
+    slot = tl.load(its + 5 * capacity).to(tl.int64)
     if row >= 0:
-        part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
-        length, share = tl.load(lens + row).to(tl.int32), tl.load(share_in)
-        table = page_table + tl.load(slots + row) * width
-        first = _first_seen(length, WINDOW, CHUNKED) + part * share
         head, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_DIM)
         wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
@@ -265,7 +277,7 @@ def _decode_attention(
             peak = tl.where(part == 0, sink.to(tl.float32) * _LOG2_E, peak)
             total = tl.where(part == 0, 1.0, total)
         acc, peak, total = _attend_part(
-            x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, cap,
+            x, page_table + slot * width, cache, first, end, kv_head, scale, cap,
             peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, ON_GPU,
         )  # fmt: skip
         if used == 1:
@@ -310,16 +322,15 @@ def decode_attention(
     out = torch.empty_like(q) if out is None else out
     parts = q.new_empty(capacity, heads, dim, dtype=torch.float32)
     peaks, sums = parts.new_empty(2, capacity, heads)
-    _decode_attention[(capacity, kv_heads)](
-        q, cache.view(torch.int16) if paired else cache, plan.page_table, plan.slots, plan.lens,
-        plan.items, plan.arrived, plan.share, sinks, out, parts, peaks,
-        sums, capacity, plan.page_table.shape[1],
+    _decode_attention[(kv_heads, capacity)](
+        q, cache.view(torch.int16) if paired else cache, plan.page_table, plan.items, plan.arrived,
+        sinks, out, parts, peaks, sums, capacity, plan.page_table.shape[1],
         (scale or dim**-0.5) * _LOG2_E.value, (softcap or 0.0) * _LOG2_E.value,
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
-        BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
-        BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
-        JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, PAIRED=paired,
+        BLOCK_DIM=block_dim, PAGE=page_size,
+        BLOCK=max(16, min(_BLOCK, _TILE_BYTES // (block_dim * cache.element_size()))),
+        JOINED=max(1, min(_JOINED, _JOINED_NUMBERS // (block_group * block_dim))),
+        BLOCK_GROUP=block_group, CAPPED=softcap is not None, PAIRED=paired,
         num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

@@ -32,9 +32,10 @@ does after its take k: never for each other. Nobody passes again before the othe
 passed, so no barrier counts two passes as one turn. Nobody takes the last pass of half 1; that ends
 with the program.
 
-In the order "load n, the halves' products and arrivals n, load n + _STAGES" each wait is for what
-comes earlier. Products n wait for load n, and for the other half's products n or n - 1, and load n
-for arrivals n - _STAGES; no wait depends on another program.
+Each wait is for what comes earlier in this order: loads n + 1, the halves' products n, arrivals n,
+loads n + 2 and so on. For loads n wait for arrivals n - _STAGES, products n for loads n and, if
+FP8, for the other half's products n or n - 1, and arrivals n for products n and, if 16 bits, for
+loads n + 1. No wait depends on another program.
 """
 
 from __future__ import annotations

@@ -161,8 +161,7 @@ def store_index_key(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _score_tokens(
-    q, weights, keys, page_table, slots, lens, items, share_in, scores,
-    capacity, num_pages, width,
+    q, weights, keys, page_table, items, scores, capacity, num_pages, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -171,10 +170,9 @@ def _score_tokens(
     begin_alone()
     row = tl.load(items + item)
     if row >= 0:
-        share = tl.load(share_in)
-        first = tl.load(items + capacity + item) * share
-        end = tl.minimum(first + share, tl.load(lens + row).to(tl.int32))
-        table = page_table + tl.load(slots + row) * num_pages
+        its = items + item
+        first, end = tl.load(its + 3 * capacity), tl.load(its + 4 * capacity)
+        table = page_table + tl.load(its + 5 * capacity).to(tl.int64) * num_pages
         head, d = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_DIM)
         line = row.to(tl.int64) * HEADS + head
         wanted = (head < HEADS)[None, :] & (d < DIM)[:, None]
@@ -268,11 +266,11 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
     chosen = queries.q.new_empty(rows, top_k, dtype=torch.int32)
     first = 0
     for scan in choice.scans:
-        n, capacity = len(scan.slots), scan.items.shape[1]
+        n, capacity = len(scan.lens), scan.items.shape[1]
         part = slice(first, first + n)
         _score_tokens[(capacity,)](
-            queries.q[part], queries.weights[part], cache, scan.page_table, scan.slots, scan.lens,
-            scan.items, scan.share, scores, capacity, scan.page_table.shape[1], scores.shape[1],
+            queries.q[part], queries.weights[part], cache, scan.page_table, scan.items, scores,
+            capacity, scan.page_table.shape[1], scores.shape[1],
             HEADS=heads, DIM=dim, PAGE=cache.shape[2], BLOCK=_BLOCK,
             BLOCK_HEADS=max(16, next_power_of_2(heads)),
             BLOCK_DIM=max(16, next_power_of_2(dim)), num_warps=4,

@@ -258,7 +258,7 @@ def _attend_part(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _attend_latent(
-    q, q_rope, cache, page_table, slots, lens, items, chosen, parts, logs, capacity, width, scale,
+    q, q_rope, cache, page_table, items, chosen, parts, logs, capacity, width, scale,
     rope_token, rope_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
@@ -270,20 +270,18 @@ def _attend_latent(
     so that its prologue may read everything but absorbed queries, the cache too.
     """
     block, item = tl.program_id(0), tl.program_id(1)
-    row = tl.load(items + item)
+    its = items + item
+    row = tl.load(its)
     if row >= 0:
-        part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
-        length = tl.load(lens + row).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(length, used), BLOCK) * BLOCK
-        first = part * share
+        first, end = tl.load(its + 3 * capacity), tl.load(its + 4 * capacity)
         number, d, r = tl.arange(0, BLOCK_GROUP), tl.arange(0, RANK), tl.arange(0, ROPE)
         head = block * GROUP + tl.minimum(number, GROUP - 1)
         place = row.to(tl.int64) * rope_token + head * rope_head
         x_rope = tl.load(q_rope + place[None, :] + r[:, None])
         mean, log = _attend_part(
             q + ((row.to(tl.int64) * HEADS + head) * RANK)[None, :], x_rope,
-            page_table + tl.load(slots + row) * width, cache,
-            chosen + row.to(tl.int64) * TOP_K, first, tl.minimum(first + share, length), scale,
+            page_table + tl.load(its + 5 * capacity).to(tl.int64) * width, cache,
+            chosen + row.to(tl.int64) * TOP_K, first, end, scale,
             BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0, PIPELINED,
         )  # fmt: skip
         at = item * HEADS + head
@@ -369,7 +367,7 @@ def attend_latent(
     attends to; then the lengths in `splits` are those of these lists.
     """
     rows, heads, value_dim = out.shape
-    assert rows == len(splits.slots)
+    assert rows == len(splits.lens)
     if not rows:
         return
     rank = kv_up.shape[2]
@@ -413,7 +411,7 @@ def _attended(
     pipelined = group <= _PIPELINED_HEADS and cache.dtype == q.dtype and q.dtype in HALF
     warps, stages = _PIPELINED if pipelined else _IN_REGISTERS
     _attend_latent[(blocks, capacity)](
-        q, q_rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
+        q, q_rope, cache, splits.page_table, splits.items,
         splits.items if chosen is None else chosen, parts, logs, capacity,
         splits.page_table.shape[1], scale * _LOG2_E, q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, next_power_of_2(group)), RANK=rank,
