@@ -563,7 +563,7 @@ def test_int4_that_is_not_as_supported(packed: Path) -> None:
         ({name + "_packed": whole[name + "_packed"][:, :8]}, "has shape [64, 8], the config asks"),
         ({name + "_packed": whole[name + "_packed"].long()}, "has dtype I64; supported: I32"),
         ({name + "_zero_point": torch.zeros(1)}, "is INT4 with a scale and a zero point per 32"),
-        ({name + "_g_idx": torch.zeros(1)}, "weight_g_idx is left over"),
+        ({name + "_g_idx": torch.zeros(1)}, "in groups of any columns, held plain, but the"),
         ({name: torch.zeros(64, 96)}, "is left over"),
         ({name + "_shape": torch.zeros(3)}, "weight_shape is left over"),
     ]
