@@ -82,7 +82,8 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
         for place in checkpoint_files(path):
             file = opened.enter_context(open_file(place, LoadError))
             headers.append(_read_header(place, file))
-        found = StoredTensors(with_stored_names(arch, {name for each in headers for name in each}))
+        arch = with_stored_names(arch, {name for each in headers for name in each})
+        found = StoredTensors(arch, opened)
         for header in headers:
             for name, stored in header.items():
                 found.add(name, stored)

@@ -2,15 +2,17 @@
 
 A weight's format is what the files hold: float8 numbers with a tensor of scales beside them, or
 4-bit numbers and scales under other names. The config's quantization_config is only compared with
-it. This module reads no data.
+it. This module reads no data but scales of blocks that lie over several weights.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,8 +129,9 @@ class StoredTensors:
     embedding. `verified`: tensors of GPTQ that are to be read before any weight, by their names.
     """
 
-    def __init__(self, arch: Model) -> None:
-        """`arch`: without formats."""
+    def __init__(self, arch: Model, opened: ExitStack) -> None:
+        """`arch`: without formats. `opened`: closes files."""
+        self._opened = opened
         self._arch = arch
         self._shapes = checkpoint_shapes(arch)
         self._sizes = arch.weights()
@@ -183,6 +186,8 @@ class StoredTensors:
                     f"{self._numbers(name)[0].path}: tensor {name} is {kind}, but the config's "
                     f"quantization_config says {_told(promised)}"
                 )
+            if isinstance(kind, Fp8) and kind.columns:
+                kind = self._within_weights(name, kind)
             formats |= dict.fromkeys(parts, kind)
         if promised and not formats:
             raise LoadError(
@@ -408,7 +413,6 @@ class StoredTensors:
             self.shared[scales] = len(of_one) if found == each else 1
             return replace(FP8_TENSOR, suffix=suffix)
         if is_grid:
-            self._check_blocks(name, of_one, block)
             return replace(block, suffix=suffix)
         if found == [*each, *_without_ones([rows])]:
             return replace(FP8_ROW, suffix=suffix)
@@ -466,15 +470,34 @@ class StoredTensors:
             )
         return names[0]
 
-    def _check_blocks(self, name: str, parts: tuple[str, ...], block: Fp8) -> None:
-        """Refuse a block that several of the `parts` share, which are stacked in a tensor."""
+    def _within_weights(self, name: str, kind: Fp8) -> Fp8:
+        """The same format in smaller blocks, of which none lies over two of the weights that are
+        stacked in the tensor `name`. Their scales are repeated in a file of its own.
+        """
+        shape = self._shapes[name]
+        dim = len(shape) - 2  # of rows
+        parts = self._weights[name]
+        parts = parts[: len(parts) // prod(shape[:dim])]  # of one expert
         blocks = num_blocks(self._arch, parts)
         before_others = parts if blocks > 1 else parts[:-1]
-        if any(self._sizes[part][0] // blocks % block.rows for part in before_others):
-            raise LoadError(
-                f"{self._stored[name].path}: tensor {name} is {block}, of which one lies over two "
-                f"of the weights that it holds ({', '.join(parts)})"
-            )
+        rows = gcd(kind.rows, *(self._sizes[part][0] // blocks for part in before_others))
+        if rows == kind.rows:
+            return kind
+        dim += checkpoint_layout(self._arch, name).transposed
+        own = name + kind.suffix
+        stored = self._stored[own]
+        self._slice(own, stored, tuple(stored.shape))  # it has its size
+        data = bytearray(os.pread(stored.descriptor, stored.num_bytes, stored.offset))
+        scales = torch.frombuffer(data, dtype=torch.uint8).view(*stored.shape, -1)
+        scales = scales.repeat_interleave(kind.rows // rows, dim).narrow(
+            dim, 0, -(-shape[dim] // rows)
+        )
+        file = self._opened.enter_context(open(os.memfd_create("scales"), "r+b", buffering=0))
+        size = file.write(scales.numpy().tobytes())
+        self._stored[own] = replace(
+            stored, descriptor=file.fileno(), offset=0, num_bytes=size, shape=[*scales.shape[:-1]]
+        )
+        return replace(kind, rows=rows)
 
     def _slice(self, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> TensorSlice:
         """The tensor's place. Raises LoadError for a wrong shape, size or dtype."""

@@ -86,11 +86,21 @@ def test_every_kind_of_layer(tmp_path: Path, family: str, name: str) -> None:
     check(model, size_of(model))
 
 
-def test_heads_that_end_inside_blocks_are_refused_where_rows_are_stored_by_head(
-    tmp_path: Path,
+@pytest.mark.parametrize("size", [(128, 128), (24, 40)])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Qwen3NextForCausalLM",  # by head
+        "Qwen3_5ForCausalLM",  # three weights, one after the other
+        "Phi3ForCausalLM",
+        "GPTNeoXForCausalLM",
+    ],
+)
+def test_blocks_over_several_weights_of_a_tensor(
+    tmp_path: Path, family: str, size: tuple[int, int]
 ) -> None:
-    model = write(tmp_path, "Qwen3NextForCausalLM", block(128, 128))
-    assert "of which one lies over two of the weights that it holds" in refusal(model)
+    over = {"rope_scaling": None} if "Phi3" in family else {}
+    check(write(tmp_path / "model", family, block(*size), **over), size)
 
 
 @pytest.mark.parametrize(
@@ -525,13 +535,6 @@ def test_gates_and_ups_of_experts_in_two_formats(tmp_path: Path) -> None:
 
     rewrite(model, plain)
     check(model, (16, 16))
-
-
-def test_a_block_over_two_weights_of_a_tensor(tmp_path: Path) -> None:
-    model = write(tmp_path, "ChatGLMModel", block(24, 24))
-    assert "is FP8 in blocks of 24 x 24, of which one lies over two of the weights" in refusal(
-        model
-    )
 
 
 def test_a_config_that_promises_another_format(blocks: Path, tmp_path: Path) -> None:

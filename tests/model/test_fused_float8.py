@@ -114,6 +114,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[..., Any
     "gate and up": (STACKED, MODELOPT, (0, 0), as_is, "_scale_inv", True),
     "gate and up, transposed": (TRANSPOSED, MODELOPT, (0, 0), as_is, "_scale", True),
     "blocks": (STACKED, block(16, 16), (16, 16), as_is, "_scale_inv", False),
+    "blocks over gate and up": (STACKED, block(24, 16), (24, 16), as_is, "_scale_inv", False),
+    "these, transposed": (TRANSPOSED, block(40, 32), (40, 32), as_is, "_scale_inv", False),
     "blocks, transposed": (TRANSPOSED, block(16, 32), (16, 32), as_is, "_scale_inv", False),
 }
 
@@ -235,14 +237,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
     del whole[name + "_scale"]
     save_file(whole, model / "model.safetensors")
     assert f"and none of {name}_weight_scale, {name}_scale_inv, {name}_scale; one" in refusal(model)
-
-
-def test_a_block_over_a_gate_and_an_up(tmp_path: Path) -> None:
-    model = plain_model(tmp_path / "model", STACKED)
-    fuse(model, block(24, 16), (24, 16), as_is, "_scale_inv")
-    assert "is FP8 in blocks of 24 x 16, of which one lies over two of the weights" in refusal(
-        model
-    )
 
 
 def test_interleaved_experts(tmp_path: Path) -> None:

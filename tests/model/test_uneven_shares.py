@@ -63,6 +63,8 @@ CASES: list[tuple[str, dict[str, Any], list[int]]] = [
         {"intermediate_size": 1392, "quantization_config": block(128, 128)},
         [704, 688],
     ),
+    # One block lies over queries, keys and values.
+    ("Qwen3_5ForCausalLM", {"quantization_config": block(128, 128)}, [48, 48]),
     # Of 389 tokens 4 ranks have 104, 104, 104 and 77; 8 ranks have 52 each, but the last one 25.
     (
         "LlamaForCausalLM",
