@@ -32,7 +32,7 @@ _AT_ONCE = tl.constexpr(8)
 @triton.jit
 def _load_pairs(heads, first, second, inside, DIM: tl.constexpr):
     """The first and the second channels of pairs; second: None: those of a pair adjoin, and `first`
-    are both.
+    are both. Channels that are not rotated are pairs, too.
     """
     x = load(heads + first, inside & (first < DIM))
     if second is None:
@@ -54,13 +54,11 @@ def _store_pairs(heads, x, y, first, second, inside, DIM: tl.constexpr):
 
 @triton.jit
 def _rotate_and_store(
-    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kept, cache, eps,
-    qkv_stride,
+    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kept, cache, eps, stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
     PAGE: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Channels that are not rotated are pairs, too: to turn by nothing."""
     blocks: tl.constexpr = tl.cdiv(HEADS + 2 * KV, BLOCK_HEADS)
     token = program(0) // blocks
     head = (tl.program_id(0) % blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
@@ -76,16 +74,12 @@ def _rotate_and_store(
     is_v = head >= HEADS + KV
     if norm is not None:
         gain_x, gain_y = _load_pairs(norm + head * DIM, first, second, ~is_v, DIM)
-        gain_x = gain_x.to(tl.float32) + PLUS_ONE
-        gain_y = gain_y.to(tl.float32) + PLUS_ONE
     begin_alone()
     # Before the heads, as other loads and the stores wait for these.
-    if TURN:
-        position = tl.load(positions + token)
-    if KV:
-        place = tl.load(cache_index + token)
+    position = tl.load(positions + token) if TURN else 0
+    place = tl.load(cache_index + token) if KV else 0
     inside = head < HEADS + 2 * KV
-    raw_x, raw_y = _load_pairs(qkv + token * qkv_stride + head * DIM, first, second, inside, DIM)
+    raw_x, raw_y = _load_pairs(qkv + token * stride + head * DIM, first, second, inside, DIM)
     x = raw_x.to(tl.float32)
     y = raw_y.to(tl.float32)
     if TURN:
@@ -100,8 +94,8 @@ def _rotate_and_store(
         else:
             mean = tl.load(means + token * 2 + tl.where(head < HEADS, 0, 1))
         scale = tl.rsqrt(mean + eps)
-        x = x * scale * gain_x
-        y = y * scale * gain_y
+        x = x * scale * (gain_x.to(tl.float32) + PLUS_ONE)
+        y = y * scale * (gain_y.to(tl.float32) + PLUS_ONE)
     if TURN and not AFTER:
         x, y = x * c - y * s, y * c + x * s
     if query_scale is not None:
@@ -110,7 +104,6 @@ def _rotate_and_store(
         y *= scale
     x = tl.where(is_v, raw_x, x.to(raw_x.dtype))
     y = tl.where(is_v, raw_y, y.to(raw_x.dtype))
-
     _store_pairs(q + (token * HEADS + head) * DIM, x, y, first, second, head < HEADS, DIM)
     if KV:
         if kept is not None:
