@@ -113,3 +113,5 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     blocks = {shared for name, _, shared, _ in lines if name == "_grouped_blocks"}
     assert len(blocks) == 2  # with scales, and of 16-bit numbers without
     assert {stack for name, *_, stack in lines if name in UNSPILLED} == {"0"}
+    # Its heads stay in the registers of the threads that load them.
+    assert {shared for name, _, shared, _ in lines if name == "_rotate_and_store"} == {"0"}

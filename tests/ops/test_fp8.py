@@ -98,7 +98,7 @@ interpreted = pytest.mark.skipif(
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("columns", [None, 32])
-@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (16, 96), (21, 200)])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (16, 96), (21, 200), (3, 2400)])
 def test_input_in_float8(rows: int, dim: int, columns: int | None, dtype: torch.dtype) -> None:
     """Bit for bit where no number is rounded: the interpreter rounds in its own way."""
     from gllm_engine.ops import triton

@@ -360,6 +360,35 @@ def test_rotation_and_store(norm: str, rotation: str | None) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "dim", "turn"),
+    [((1, 1), 2, 2), ((5, 2), 24, 24), ((17, 3), 22, 10), ((6, 1), 7, 4), ((2, 2), 40, 6)],
+)
+def test_rotation_and_store_bit_for_bit(
+    heads: tuple[int, int], dim: int, turn: int, interleaved: bool
+) -> None:
+    """Of sizes that no block divides. Products of bfloat16 are exact in float32, so that it makes
+    no difference whether they are rounded before they are added.
+    """
+    num_heads, kv_heads = heads
+    batch, _, cache = make_case([(9, 1), (20, 11)], 16, kv_heads, head_dim=dim)
+    qkv = torch.randn(12, num_heads + 2 * kv_heads, dim).to(BF16).float()
+    cos, sin = torch.randn(2, 100, turn // 2).to(BF16).float()
+    there = cache.clone()
+    rotary = RotaryInputs(cos, sin, interleaved, batch.positions)
+    plan = PagedPlan(batch.cache_index, keeps=True)
+    q, kept = triton.rotate_and_store(qkv, num_heads, None, rotary, there, plan)
+    assert torch.equal(triton.rotate(qkv, rotary)[:, :num_heads], q)
+    rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, interleaved)
+    slow = reference.plan_attention(batch, cache, None)
+    args = (qkv.clone(), num_heads, None, rotary, cache, slow)
+    assert torch.equal(q, reference.rotate_and_store(*args).q)
+    torch.testing.assert_close(there, cache, rtol=0, atol=0, equal_nan=True)
+    page, offset = batch.cache_index // 16, batch.cache_index % 16
+    assert torch.equal(kept.unflatten(1, (2, kv_heads)), cache[page, :, offset])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(6, 72), (2, 80), (20, 64), (32, 128), (17, 8)])
 def test_rotation_alone(heads: int, dim: int, interleaved: bool) -> None:
     """Of the first heads of wider rows, as queries and keys are of a product."""

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import own_range, program
 from gllm_engine.ops.triton.norm_act import activated
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, RoundedRows, Rows
@@ -26,6 +27,7 @@ _ROW_MULTIPLE = 16
 _LEAST_ROWS = {torch.float8_e4m3fn: 0, torch.int8: 32}
 _LARGEST_FLOAT8, _LARGEST_INT8 = tl.constexpr(448.0), tl.constexpr(127.0)
 _COLUMNS = 1024
+_QUANTIZED = 2048  # columns of a program, at least a group, if there is no norm
 # Numbers of a row of x that share a scale, if scales of the weight belong to blocks.
 SCALE_GROUP = 128
 
@@ -131,9 +133,12 @@ def _quantize(
     NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]. ACT: "": none."""
-    row = tl.program_id(0).to(tl.int64)
-    at = (tl.arange(0, GROUPS) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    """GROUPS of a row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]. ACT: "":
+    none. A norm takes all of a row.
+    """
+    row = program(0)
+    group = own_range(1, GROUPS)
+    at = (group * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = at < dim
     if NORM:
         g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
@@ -158,7 +163,6 @@ def _quantize(
     else:
         v, s = scale_to_float8(v)
     tl.store(numbers + row * dim + at, v.to(numbers.dtype.element_ty), mask=inside)
-    group = tl.arange(0, GROUPS)
     tl.store(scales + group * tl.num_programs(0) + row, s, mask=group * GROUP < dim)
 
 
@@ -202,14 +206,17 @@ def quantize(
     dim //= 1 + gated
     group = next_power_of_2(dim) if columns is None else columns
     groups = cdiv(dim, group)
-    warps = group * next_power_of_2(groups) // 512
+    some = next_power_of_2(groups)
+    if norm is None:
+        some = min(some, max(_QUANTIZED // group, 1))
+    warps = group * some // (512 if norm is None or columns else 1024)
     found = new_rounded(x, (rows, dim), columns, dtype)
     gain, eps = (x, 0.0) if norm is None else norm
     if rows:
-        _quantize[(len(found.numbers),)](
+        _quantize[(len(found.numbers), cdiv(groups, some))](
             x, gain, found.numbers, found.scales, rows, dim, x.stride(0), eps,
             NORM=norm is not None, ACT=name, GATED=gated,
-            GROUPS=next_power_of_2(groups), GROUP=group,
+            GROUPS=some, GROUP=group,
             num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
     return found
