@@ -9,7 +9,7 @@ from typing import Any
 
 from gllm_engine.arch.tiny import tiny_config
 
-_ALL = {"num_experts_per_tok": 8, "moe_k": 8, "index_topk": 4096}
+_ALL = {"num_experts_per_tok": 8, "moe_k": 8, "moe_topk": 8, "index_topk": 4096}
 
 
 def every_expert(family: str) -> dict[str, int]:

@@ -175,15 +175,22 @@ class Fields:
             raise self._wrong(key, value, f"a {kind} or a list of at most {most} of them")
         return tuple(dict.fromkeys(numbers))
 
-    def sizes(self, key: str, length: int) -> tuple[int, ...] | None:
-        """A list of `length` whole numbers from 1 to 2**24; None if the key is absent."""
+    def sizes(self, key: str, length: int, most: int = 2**24) -> tuple[int, ...] | None:
+        """A list of `length` whole numbers from 1 to `most`; None if the key is absent."""
         value = self._find(key)
         if value is None:
             return None
         is_list = isinstance(value, list) and len(value) == length
-        if not is_list or any(type(n) is not int or not 1 <= n <= 2**24 for n in value):
-            raise self._wrong(key, value, f"a list of {length} whole numbers from 1 to {2**24}")
+        if not is_list or any(type(n) is not int or not 1 <= n <= most for n in value):
+            raise self._wrong(key, value, f"a list of {length} whole numbers from 1 to {most}")
         return tuple(value)
+
+    def counts(
+        self, key: str, length: int, default: int | None = None, most: int = 2**24
+    ) -> tuple[int, ...]:
+        """As sizes; one number is that of all."""
+        listed = self.sizes(key, length, most) if isinstance(self._find(key), list) else None
+        return listed or (self.count(key, default, most),) * length
 
     def keys(self) -> list[str]:
         """The keys that are present, sorted."""

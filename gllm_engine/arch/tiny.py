@@ -136,6 +136,10 @@ _KIMI_K25 = {
     "vision_config": _VISION_OTHERS | {"pos_emb_height": 6, "pos_emb_width": 6},
     "text_config": _KIMI,
 }
+_HUNYUAN = _HF | {
+    "head_dim": 16,
+    "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+}
 _GEMMA = (
     _PADDED
     | _SLIDING
@@ -326,12 +330,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 4,
         "mamba_d_head": 32,
     },
-    "HunYuanDenseV1ForCausalLM": _HF
-    | {
-        "model_type": "hunyuan_v1_dense",
-        "head_dim": 16,
-        "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
-    },
+    "HunYuanDenseV1ForCausalLM": _HUNYUAN | {"model_type": "hunyuan_v1_dense"},
+    "HunYuanMoEV1ForCausalLM": _HUNYUAN
+    | {"model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": 2},
     "Ernie4_5ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
     "Ernie4_5_ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16},
     "Phi3ForCausalLM": _PADDED

@@ -546,6 +546,16 @@ PUBLISHED["Hunyuan-7B"] = {"add_classification_head": False,
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.41.2",
     "use_cache": True, "use_cla": False, "use_qk_norm": True, "vocab_size": 128167,
     "rotary_pos_emb": None}
+PUBLISHED["Hunyuan-A13B"] = PUBLISHED["Hunyuan-7B"] | {
+    "architectures": ["HunYuanMoEV1ForCausalLM"], "group_limited_greedy": False,
+    "intermediate_size": 3072, "kv_lora_rank": None, "model_type": "hunyuan_v1_moe",
+    "moe_drop_tokens": False, "moe_intermediate_size": [3072] * 32, "moe_layer_num_skipped": 0,
+    "moe_random_routing_dropped_token": False, "moe_topk": [8] * 32, "n_group": False,
+    "norm_topk_prob": True, "num_experts": 64, "num_media_embeds": 257,
+    "num_shared_expert": [1] * 32, "position_embedding_xdrope": False, "q_lora_rank": None,
+    "qk_nope_head_dim": None, "qk_rope_head_dim": None, "routed_scaling_factor": False,
+    "skip_cls_token": False, "topk_group": False, "use_mixed_mlp_moe": True, "use_mla": False,
+    "use_rotary_pos_emb": True, "v_head_dim": None}
 PUBLISHED["command-r7b"] = {"architectures": ["Cohere2ForCausalLM"], "attention_bias": False,
     "attention_dropout": 0.0, "bos_token_id": 5, "cache_implementation": "hybrid",
     "eos_token_id": 255001, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,

@@ -1517,6 +1517,8 @@ NESTED_YARN = {"full_attention": {"rope_type": "yarn", "factor": 8.0, "truncate"
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
         ("HunYuanDenseV1ForCausalLM", {"use_qk_norm": False}, "use_qk_norm"),
         ("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla"),
+        ("HunYuanMoEV1ForCausalLM", {"mlp_bias": True}, "mlp_bias"),
+        ("HunYuanMoEV1ForCausalLM", {"moe_drop_tokens": True}, "moe_drop_tokens"),
         ("Ernie4_5ForCausalLM", {"compression_ratio": 2.0}, "compression_ratio"),
         ("Phi3ForCausalLM", {"attention_bias": True}, "attention_bias"),
         ("Gemma2ForCausalLM", {"hidden_activation": "gelu"}, "hidden_activation"),
@@ -1581,6 +1583,21 @@ def test_a_share_of_rotated_channels_where_all_are_rotated(family: str) -> None:
     assert message in refusal(family, **over | {"rope_parameters": inside})
     over["rope_parameters"] = None
     assert message in refusal(family, **over | {"partial_rotary_factor": 0.5})
+
+
+def test_the_experts_of_hunyuan_may_differ_from_layer_to_layer() -> None:
+    def sizes(**over: Any) -> list[tuple[int, int, int, int]]:
+        ffns = [layer.ffn for layer in tiny("HunYuanMoEV1ForCausalLM", **over).layers]
+        return [(f.num_experts, f.routing.top_k, f.hidden, f.shared) for f in ffns]
+
+    assert sizes() == [(8, 2, 96, 96)] * 2
+    assert sizes(num_experts=[8, 4], moe_topk=[3, 4]) == [(8, 3, 96, 96), (4, 4, 96, 96)]
+    widths = {"moe_intermediate_size": [32, 48], "num_shared_expert": [2, 1]}
+    assert sizes(**widths) == [(8, 2, 32, 64), (8, 2, 48, 48)]
+    assert sizes(**widths, use_mixed_mlp_moe=False) == [(8, 2, 32, 0), (8, 2, 48, 0)]
+    assert "moe_topk is 4, but only 1 to 3" in refusal(
+        "HunYuanMoEV1ForCausalLM", num_experts=[8, 3], moe_topk=[8, 4]
+    )
 
 
 def test_layers_take_turns_without_layer_types() -> None:

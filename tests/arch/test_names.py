@@ -217,6 +217,13 @@ EXPECTED = {
     + ATTENTION
     + MLP
     + [f"{LAYER}self_attn.{part}_layernorm.weight" for part in ("query", "key")],
+    "HunYuanMoEV1ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + EXPERTS[:-1]
+    + [f"{LAYER}mlp.gate.wg.weight"]
+    + [f"{LAYER}mlp.shared_mlp.{part}.weight" for part in PARTS]
+    + [f"{LAYER}self_attn.{part}_layernorm.weight" for part in ("query", "key")],
     "Ernie4_5_ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "Ernie4_5ForCausalLM": ENDS + NORMS + ATTENTION + MLP + ERNIE,
     "Phi3ForCausalLM": ENDS

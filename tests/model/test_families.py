@@ -170,6 +170,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Ministral3ForCausalLM", {"rope_parameters": DEVSTRAL2}),
     ("Ministral3ForCausalLM", {"rope_parameters": None}),
     ("HunYuanDenseV1ForCausalLM", {"attention_bias": True, "rope_scaling": None}),
+    ("HunYuanMoEV1ForCausalLM", {"moe_topk": [3, 1], "attention_bias": True}),
+    (
+        "HunYuanMoEV1ForCausalLM",
+        {"moe_intermediate_size": [96] * 2, "num_shared_expert": [1] * 2, "rope_scaling": None},
+    ),
     ("Ernie4_5ForCausalLM", {"use_bias": False, "tie_word_embeddings": True}),
     ("Phi3ForCausalLM", {"rope_scaling": None, "sliding_window": None}),
     ("Ministral3ForCausalLM", {"sliding_window": 5}),

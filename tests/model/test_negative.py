@@ -335,6 +335,7 @@ def test_tie_matters(tmp_path: Path) -> None:
         ("Starcoder2ForCausalLM", {}),
         (NEOX, {}),
         (HUNYUAN, {}),
+        ("HunYuanMoEV1ForCausalLM", {"moe_topk": 7}),
         ("Ernie4_5ForCausalLM", {}),
         (GEMMA3, {"layer_types": ["full_attention"]}),
         # Without RoPE, a bias of the keys would add the same to all scores of a query.

@@ -134,6 +134,7 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
     ("Glm4MoeForCausalLM", {}, "ep2 x pp2"),
     ("Ernie4_5_MoeForCausalLM", {}, "tp2"),
+    ("HunYuanMoEV1ForCausalLM", {"num_experts": [8, 4], "moe_topk": [3, 1]}, "ep2"),
     # States and no pages on the first stage, pages and no states on the last.
     ("Qwen3NextForCausalLM", HYBRID, "pp3, uneven"),
     ("Qwen3NextForCausalLM", {}, "tp2 x pp2"),

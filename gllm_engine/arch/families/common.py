@@ -205,10 +205,17 @@ def read_num_experts(c: Fields) -> int:
 
 
 def read_routing(
-    c: Fields, renorm: bool, num_experts: int, key: str = "num_experts_per_tok"
+    c: Fields,
+    renorm: bool,
+    num_experts: int,
+    key: str = "num_experts_per_tok",
+    top_k: int | None = None,
 ) -> Routing:
-    """A softmax over `num_experts` experts; `key`: of the number of experts of a token."""
-    top_k = c.count(key)
+    """A softmax over `num_experts` experts; `key`: of the number of experts of a token.
+
+    `top_k`: that number, if it differs from layer to layer.
+    """
+    top_k = top_k or c.count(key)
     if top_k > num_experts:
         raise ArchError(
             f"{c.name}: {key} is {top_k}, but only 1 to {num_experts} is supported, "

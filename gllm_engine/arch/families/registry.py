@@ -105,6 +105,7 @@ FAMILIES: dict[str, Family] = {
     "GraniteMoeForCausalLM": Family(granite.granite_moe, granite.GRANITE_MOE),
     "GraniteMoeHybridForCausalLM": Family(granite.granite_hybrid, granite.GRANITE_HYBRID),
     "HunYuanDenseV1ForCausalLM": Family(hunyuan.hunyuan, hunyuan.HUNYUAN),
+    "HunYuanMoEV1ForCausalLM": Family(hunyuan.hunyuan_moe, hunyuan.HUNYUAN_MOE),
     "Ernie4_5ForCausalLM": Family(ernie.ernie, ernie.ERNIE),
     "Ernie4_5_ForCausalLM": Family(ernie.ernie, ernie.ERNIE),  # an older name of the same
     "Phi3ForCausalLM": Family(phi.phi3, phi.PHI3),
