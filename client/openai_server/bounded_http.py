@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 1 << 16  # bytes, of a trailer too
+MAX_HEAD = 65_536  # bytes, of a trailer too
 MAX_WAITING = 4096  # connections that wait for their clients; each may hold MAX_HEAD bytes
 
 
