@@ -62,7 +62,7 @@ class Meeting:
             pid = path.name.split("-")[2]
             with contextlib.suppress(OSError):  # another user's
                 if pid.isdecimal() and Process.of(int(pid)) is None:
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)
         self.directory = Path(tempfile.mkdtemp(prefix=f"{kind}{os.getpid()}-", dir=parent))
         self.address = f"ipc://{self.directory}/engine"  # of the first socket
         self.children: list[subprocess.Popen[bytes]] = []
