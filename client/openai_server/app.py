@@ -158,7 +158,7 @@ def serve(options: Options) -> int:
         raise ValueError("--tls-certificate and --tls-key go together")
     app = make_app(options)
     # Each connection is a file, and nothing else bounds those that never end their TLS handshake.
-    most = min(getrlimit(RLIMIT_NOFILE)[1], 1 << 14)
+    most = min(getrlimit(RLIMIT_NOFILE)[1], 16_384)
     setrlimit(RLIMIT_NOFILE, (most, most))
     config = uvicorn.Config(
         app,

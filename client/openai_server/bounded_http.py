@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 1 << 16  # bytes, of a trailer too
+MAX_HEAD = 65_536  # bytes, of a trailer too
 MAX_WAITING = 4096  # connections that wait for their clients; each may hold MAX_HEAD bytes
 
 
@@ -50,13 +50,13 @@ class BoundedHttp(HttpToolsProtocol):
         self._watch()
 
     def _watch(self) -> None:
-        """Wait for the client anew, unless a whole request is under way."""
+        """Wait for the client anew, unless a whole request is under way, or one before another."""
         self._unread = 0
         # The server's connections that wait, the longest first, and their timers.
         waiting = self.app_state.setdefault("waiting", OrderedDict())
         if late := waiting.pop(self, None):
             late.cancel()
-        if not self.transport.is_closing() and (
+        if not (self.transport.is_closing() or self.pipeline) and (
             self.cycle is None or self.cycle.response_complete or self.cycle.more_body
         ):
             waiting[self] = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)

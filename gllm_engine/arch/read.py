@@ -27,7 +27,7 @@ MAX_LEN = 2**24  # tokens
 # Keys beside the description of the text model that are about it.
 _VISION = "vision_config"
 _QUANTIZATION = "quantization_config"
-# Files in which older tools wrote it, and the quant_method.
+# Files in which older tools wrote it, and the quant_method if they do not tell it.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SHARED_KEYS = ("tie_word_embeddings", _QUANTIZATION)
 
@@ -45,7 +45,7 @@ def read_arch(directory: str | Path) -> Model:
     for file, method in _BESIDE.items():
         if os.path.lexists(path / file) and not config.get(_QUANTIZATION):
             log.info("%s: read as the config's %s", path / file, _QUANTIZATION)
-            config[_QUANTIZATION] = read_object(path / file, ArchError) | {"quant_method": method}
+            config[_QUANTIZATION] = {"quant_method": method} | read_object(path / file, ArchError)
     model = make_arch(config, str(path / "config.json"))
     generation = path / "generation_config.json"
     if os.path.lexists(generation):  # a broken link is an error, not absence

@@ -60,8 +60,9 @@ class Meeting:
         parent = socket_parent(below=len(f"/{kind}4194304-12345678/engine"))
         for path in parent.glob(f"{kind}*-*"):
             pid = path.name.split("-")[2]
-            if pid.isdigit() and Process.of(int(pid)) is None:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another user's
+                if pid.isdecimal() and Process.of(int(pid)) is None:
+                    shutil.rmtree(path, ignore_errors=True)
         self.directory = Path(tempfile.mkdtemp(prefix=f"{kind}{os.getpid()}-", dir=parent))
         self.address = f"ipc://{self.directory}/engine"  # of the first socket
         self.children: list[subprocess.Popen[bytes]] = []

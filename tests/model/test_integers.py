@@ -267,6 +267,7 @@ def test_a_zero_point_of_zero(tmp_path: Path) -> None:
     [
         (GPTQ, "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False}),
         (AWQ, "quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+        (AWQ, "quantize_config.json", {"quant_method": "awq", "bits": 4, "group_size": 32}),
     ],
 )
 def test_a_config_in_a_file_of_its_own(

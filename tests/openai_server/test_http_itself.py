@@ -151,10 +151,11 @@ def test_a_client_that_drips_a_head_is_left() -> None:
     assert asyncio.run(asyncio.wait_for(drip(), SOON_S)).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_slow_answer_is_not_broken_off() -> None:
+@pytest.mark.parametrize("more", [HEAD, HEAD + b"b\r\n" + LENGTH + b"a"])
+def test_a_slow_answer_is_not_broken_off(more: bytes) -> None:
     """Also if a part of the next request has come."""
     body = HEAD + b"slow\r\n" + LENGTH + b"ab"
-    _, answer = asyncio.run(asyncio.wait_for(exchange([body + HEAD], 0.05), SOON_S))
+    _, answer = asyncio.run(asyncio.wait_for(exchange([body + more], 0.05), SOON_S))
     assert answer.endswith(b"length 2")
 
 

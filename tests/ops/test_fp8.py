@@ -573,6 +573,18 @@ def test_other_products(gpu_ops: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @interpreted
+def test_blocks_of_many_rows_are_hoppers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later GPUs overlap kernels, too, but have no products of warpgroups."""
+    from gllm_engine.ops.triton import grouped
+
+    monkeypatch.setattr(grouped, "OVERLAP", True)
+    args = torch.zeros(1, 128, dtype=BF16), torch.zeros(1, 256, 128, dtype=BF16), 128
+    assert grouped.takes_blocks(*args)
+    monkeypatch.setattr(grouped, "on_hopper", lambda _: False)
+    assert not grouped.takes_blocks(*args)
+
+
+@interpreted
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_rows_of_x_may_lie_apart(rows: int, normed: bool, gpu_ops: ModuleType) -> None:

@@ -38,6 +38,7 @@ from gllm_engine import (
     write_tiny_model,
 )
 from gllm_engine.arch import ArchError, read_arch
+from gllm_engine.os_process import Process
 from gllm_engine.parallel import pipe
 from gllm_engine.runner import PlanError
 from gllm_engine.timeline import OFF
@@ -396,11 +397,21 @@ def test_sockets_of_workers_have_short_paths(
         groups.WorkerGroup(make_config({"model": model, **PAIR}), read_arch(model))
 
 
-def test_directories_of_engines_that_were_killed_with_all_are_removed(traces: Traces) -> None:
+def test_directories_of_engines_that_were_killed_with_all_are_removed(
+    traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have made any names there; the kernel may hide their processes."""
+
+    def of(pid: int) -> Process | None:
+        if pid == 5:
+            raise PermissionError
+        return Process.of(pid)
+
+    monkeypatch.setattr(meeting, "Process", SimpleNamespace(of=of))
     with subprocess.Popen(["true"]) as ended:
         pass
     namespace = os.stat("/proc/self/ns/pid").st_ino
-    names = [f"gllm-{namespace}-{pid}-x" for pid in (ended.pid, os.getpid(), "x")]
+    names = [f"gllm-{namespace}-{pid}-x" for pid in (ended.pid, os.getpid(), 5, "x", "²")]
     names.append(f"gllm-1{namespace}-{ended.pid}-x")
     for name in names:
         (traces.directory / name / "inner").mkdir(parents=True)

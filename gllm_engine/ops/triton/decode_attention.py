@@ -129,7 +129,7 @@ def split_kv(
     extra: int | None = None,
     least: int = _MIN_PART,
 ) -> KvSplits:
-    """Split contexts of `lens` [rows] tokens, at least 1 each, into parts of about equal length.
+    """Split contexts of `lens` [rows] tokens into parts of about equal length; one of 0 has none.
 
     `kv_heads`: arrival counters of a row; 0: parts are joined by another kernel. `window`,
     `chunked`: as AttentionPlanner.plan. `extra`: parts beyond one per row; None: as many as suit

@@ -55,6 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from gllm_engine.ops.kernels import on_hopper
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, RoundedRows, Rows, Weight
 
@@ -353,6 +354,7 @@ def takes_blocks(x: Rows, matrix: Weight, rows: int) -> bool:
         taken = isinstance(matrix, Tensor) and x.element_size() == matrix.element_size() == 2
     return (
         OVERLAP
+        and on_hopper(x.device)
         and taken
         and rows == BLOCK
         and matrix.shape[1] % (2 * BLOCK) == matrix.shape[2] % BLOCK == 0
