@@ -25,15 +25,17 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 
+from gllm_engine import pid_namespace
+
 SHM = Path("/dev/shm")
 SHM_BYTES = 16 << 20  # initial size and growth step of a stub's region, which never shrinks
 EXIT_TIMEOUT_S = 30
 STUB = "triton_python_backend_stub"
 _LIBRARY = "libtriton_python.so"
 _UTILS = "triton_python_backend_utils.py"
-# Containers may share /dev/shm or /tmp without seeing each other's pids, so names include the pid
-# namespace.
-_OWNED = re.compile(r"gllm-(?P<namespace>\d+)-(?P<pid>\d+)-")
+# Containers and machines may share /dev/shm or /tmp without seeing each other's pids, so names
+# include the namespace of these.
+_OWNED = re.compile(r"gllm-[0-9a-f]+-(?P<pid>\d+)-")
 
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -178,7 +180,7 @@ def server_arguments(backends: Path, prefix: str, given: Sequence[str]) -> list[
 
 def owned_prefix(pid: int) -> str:
     """The prefix of the names of all directories and regions of process `pid`."""
-    return f"gllm-{_namespace()}-{pid}-"
+    return f"gllm-{pid_namespace()}-{pid}-"
 
 
 def make_directory() -> Path:
@@ -189,7 +191,7 @@ def make_directory() -> Path:
 def sweep() -> None:
     """Remove directories and shared-memory regions of processes that have ended."""
     for place in (Path(tempfile.gettempdir()), SHM):
-        for path in place.glob(f"gllm-{_namespace()}-*"):
+        for path in place.glob(f"gllm-{pid_namespace()}-*"):
             owned = _OWNED.match(path.name)
             if owned and not Path(f"/proc/{owned['pid']}").exists():
                 discard(path)
@@ -221,7 +223,3 @@ def exec_server(arguments: Sequence[str]) -> NoReturn:
 def _first(ours: list[str], path: str | None) -> list[str]:
     theirs = path.split(os.pathsep) if path else []
     return ours + [entry for entry in theirs if entry not in ours]
-
-
-def _namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import select
 import signal
@@ -49,6 +50,15 @@ class Process(msgspec.Struct, frozen=True):
             os.close(pidfd)
             raise ProcessLookupError(f"process {self.pid} has ended")
         return pidfd
+
+
+def pid_namespace() -> str:
+    """Ten hexadecimal digits for what pids of this process are valid in: its namespace of pids, of
+    this boot of this machine. Directories that several machines share may hold names with them.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    number = os.stat("/proc/self/ns/pid").st_ino
+    return hashlib.sha256(f"{boot}{number}".encode()).hexdigest()[:10]
 
 
 def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:

@@ -34,7 +34,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     # answers of /v1/responses that clients can read or continue later, at most so many and of so
     # many bytes together, in this process's memory; 0: none are kept. Default: 1000, or none with
     # several processes
-    stored_responses: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None
+    stored_responses: Annotated[int, msgspec.Meta(ge=0, le=10_000)] | None = None
     stored_bytes: Positive = 256 << 20
     # how models write calls of tools; default: chosen by the model's chat template
     tool_format: str | None = None

@@ -47,7 +47,7 @@ from pathlib import Path
 import msgspec
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.os_process import Process, kill, stop
+from gllm_engine.os_process import Process, kill, pid_namespace, stop
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.software import software
 
@@ -275,8 +275,7 @@ def sweep() -> None:
 
 def _root() -> Path:
     """A directory that only this user can enter. Raises OSError, or EngineError if others can."""
-    namespace = os.stat("/proc/self/ns/pid").st_ino  # pids are valid in one pid namespace only
-    name = f"gllm-{os.getuid()}-{namespace}"
+    name = f"gllm-{os.getuid()}-{pid_namespace()}"
     root = socket_parent(below=len(f"/{name}/{_LONGEST_HOME}/{_SOCKET}")) / name
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()

@@ -121,7 +121,11 @@ def _share(memory: Tensor) -> SharedGpuMemory:
     handle = _IpcHandle()
     here = memory.data_ptr()
     _driver("cuMemGetAddressRange_v2", ctypes.byref(first), None, ctypes.c_uint64(here))
-    _driver("cuIpcGetMemHandle", ctypes.byref(handle), first)
+    try:
+        _driver("cuIpcGetMemHandle", ctypes.byref(handle), first)
+    except RuntimeError as error:
+        reason = "encoders cannot share it if PYTORCH_ALLOC_CONF has expandable_segments"
+        raise RuntimeError(f"memory for embeddings: {error}; {reason}") from None
     torch.cuda.synchronize(memory.device)  # other processes do not know when it is filled
     return SharedGpuMemory(memory.device.index, bytes(handle), here - first.value, memory.nbytes)
 

@@ -25,7 +25,7 @@ import zmq
 
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.os_process import Process
+from gllm_engine.os_process import Process, pid_namespace
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.workers import channel
 
@@ -56,7 +56,7 @@ class Meeting:
         self._context = zmq.Context()
         # Each names a process and its pid namespace, as those of `gllm serve` do. If all that know
         # one are killed at once, the next process removes it.
-        kind = f"gllm-{os.stat('/proc/self/ns/pid').st_ino}-"
+        kind = f"gllm-{pid_namespace()}-"
         parent = socket_parent(below=len(f"/{kind}4194304-12345678/engine"))
         for path in parent.glob(f"{kind}*-*"):
             pid = path.name.split("-")[2]

@@ -23,6 +23,7 @@ from patience import SOON_S
 
 from gllm_client.supervisor import STUB
 from gllm_client.tritonserver import SHM, owned_prefix
+from gllm_engine import pid_namespace
 
 MARK = "GLLM_TEST_MARK"
 ENGINE = "gllm_engine.engine.process"
@@ -81,8 +82,7 @@ class Traces:
     @property
     def private(self) -> Path:
         """The directory under which engines keep what is theirs; it may stay once it is empty."""
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-        return self.directory / f"gllm-{os.getuid()}-{namespace}"
+        return self.directory / f"gllm-{os.getuid()}-{pid_namespace()}"
 
     def files(self) -> list[Path]:
         """All in the temporary directory but `private` itself."""

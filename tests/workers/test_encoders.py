@@ -607,3 +607,6 @@ def test_memory_of_a_gpu_is_shared_by_its_driver(monkeypatch: pytest.MonkeyPatch
     driver["cuIpcOpenMemHandle_v2"] = lambda *_: 201
     with pytest.raises(RuntimeError, match="^cuIpcOpenMemHandle_v2 fails with CUDA's error 201$"):
         landings._open(shared)
+    driver["cuIpcGetMemHandle"] = lambda *_: 1
+    with pytest.raises(RuntimeError, match="CUDA's error 1; .* if PYTORCH_ALLOC_CONF has expand"):
+        landings._share(on_gpu)

@@ -38,7 +38,7 @@ from gllm_engine import (
     write_tiny_model,
 )
 from gllm_engine.arch import ArchError, read_arch
-from gllm_engine.os_process import Process
+from gllm_engine.os_process import Process, pid_namespace
 from gllm_engine.parallel import pipe
 from gllm_engine.runner import PlanError
 from gllm_engine.timeline import OFF
@@ -410,7 +410,7 @@ def test_directories_of_engines_that_were_killed_with_all_are_removed(
     monkeypatch.setattr(meeting, "Process", SimpleNamespace(of=of))
     with subprocess.Popen(["true"]) as ended:
         pass
-    namespace = os.stat("/proc/self/ns/pid").st_ino
+    namespace = pid_namespace()
     names = [f"gllm-{namespace}-{pid}-x" for pid in (ended.pid, os.getpid(), 5, "x", "²")]
     names.append(f"gllm-1{namespace}-{ended.pid}-x")
     for name in names:
@@ -419,6 +419,14 @@ def test_directories_of_engines_that_were_killed_with_all_are_removed(
     assert {*traces.directories()} == {made.directory, *(traces.directory / n for n in names[1:])}
     made.end()
     assert not made.directory.exists()
+
+
+def test_pids_of_another_boot_have_another_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that share a directory have the same number of their first namespace."""
+    here = pid_namespace()
+    assert re.fullmatch("[0-9a-f]{10}", here) and here == pid_namespace()
+    monkeypatch.setattr(Path, "read_text", lambda _: "another boot")
+    assert pid_namespace() != here
 
 
 def test_ctrl_c_costs_what_runs_and_no_more(
