@@ -1086,7 +1086,7 @@ def test_every_kind_of_child_ends_with_its_parent_though_it_is_stopped(
 ) -> None:
     """Also an engine's directory goes then, of which a rank or an encoder knows."""
     home = tmp_path / "home"
-    home.mkdir()
+    gllm_engine.write_tiny_model(home, "Qwen3ForCausalLM")  # else a rank ends by itself
     command = [part.replace("{home}", str(home)) for part in command]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", _PARENT, *command], **pipes) as started:

@@ -393,7 +393,7 @@ def test_sockets_of_workers_have_short_paths(
         raise InterruptedError(address)
 
     monkeypatch.setattr(groups.WorkerGroup, "_start_workers", note)
-    with pytest.raises(InterruptedError, match=r"ipc:///tmp/gllm-\d+-\d+-.{8}/engine"):
+    with pytest.raises(InterruptedError, match=r"ipc:///tmp/gllm-[0-9a-f]{10}-\d+-.{8}/engine"):
         groups.WorkerGroup(make_config({"model": model, **PAIR}), read_arch(model))
 
 
