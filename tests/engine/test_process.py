@@ -58,7 +58,7 @@ from gllm_engine.engine.null_runner import NullRunner, NullStep
 from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
 from gllm_engine.images.video import Task
 from gllm_engine.images.video_rule import Stamped
-from gllm_engine.os_process import Process, wait_end
+from gllm_engine.os_process import Process, pid_namespace, wait_end
 from gllm_engine.sched import IntegrityError
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import Image, StepPlan
@@ -741,7 +741,7 @@ def test_every_path_of_a_socket_is_short_enough(
     for length in range(1, 107):
         monkeypatch.setattr("tempfile.gettempdir", lambda: "/" * length)  # noqa: B023
         assert len(str(socket_parent(below=50))) <= 57
-    name = f"/gllm-{os.getuid()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    name = f"/gllm-{os.getuid()}-{pid_namespace()}"
     longest = f"{name}/4194304.9999999999/{'a' * 12}/99999/engine.sock"
     assert len(longest) == len(f"{name}/{_LONGEST_HOME}/{_SOCKET}")
 
