@@ -21,11 +21,11 @@ from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, RoundedRows, Rows
 
 # The least scale: of a row of zeros, which stays zero.
-_LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
+LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
 # Rows of an input are filled up to a multiple of this, which the library's products need.
 _ROW_MULTIPLE = 16
 _LEAST_ROWS = {torch.float8_e4m3fn: 0, torch.int8: 32}
-_LARGEST_FLOAT8, _LARGEST_INT8 = tl.constexpr(448.0), tl.constexpr(127.0)
+LARGEST_FLOAT8, _LARGEST_INT8 = tl.constexpr(448.0), tl.constexpr(127.0)
 _COLUMNS = 1024
 _QUANTIZED = 2048  # columns of a program, at least a group, if there is no norm
 # Numbers of a row of x that share a scale, if scales of the weight belong to blocks.
@@ -66,10 +66,10 @@ def split_float8(pairs, ON_GPU: tl.constexpr):
 @triton.jit
 def scale_to_float8(v):
     """Rows v [rows, columns] over their scales [rows], so that they fit float8; the scales."""
-    s = tl.maximum(tl.max(tl.abs(v), 1) / _LARGEST_FLOAT8, _LEAST_SCALE)
+    s = tl.maximum(tl.max(tl.abs(v), 1) / LARGEST_FLOAT8, LEAST_SCALE)
     # Division may round a little above the largest number, beyond which float8 has none.
     v /= s[:, None]
-    return tl.clamp(v, -_LARGEST_FLOAT8, _LARGEST_FLOAT8, propagate_nan=tl.PropagateNan.ALL), s
+    return tl.clamp(v, -LARGEST_FLOAT8, LARGEST_FLOAT8, propagate_nan=tl.PropagateNan.ALL), s
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _quantize(
             up = tl.load(line + dim + at, mask=mask, other=0.0).to(tl.float32)
             v = (v * up).to(kind).to(tl.float32)
     if numbers.dtype.element_ty == tl.int8:
-        s = tl.maximum(tl.max(tl.abs(v), 1) / _LARGEST_INT8, _LEAST_SCALE)
+        s = tl.maximum(tl.max(tl.abs(v), 1) / _LARGEST_INT8, LEAST_SCALE)
         s += tl.sum(v * 0.0, 1)  # int8 has no NaN, so the scale of a row with one is NaN
         v = tl.floor(v / s[:, None] + 0.5)
         v = tl.where(v == v, v, 0.0)

@@ -56,6 +56,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gllm_engine.ops.kernels import on_hopper
+from gllm_engine.ops.triton.fp8 import LARGEST_FLOAT8, LEAST_SCALE
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, RoundedRows, Rows, Weight
 
@@ -63,7 +64,6 @@ from gllm_engine.ops.weight import Fp8Weight, RoundedRows, Rows, Weight
 BLOCK = 128
 _BLOCK, _HALF = gl.constexpr(BLOCK), gl.constexpr(BLOCK // 2)
 _STAGES = gl.constexpr(4)
-_LARGEST_FLOAT8, _LEAST_SCALE = gl.constexpr(448.0), gl.constexpr(1e-10)
 _begin_alone = gluon.jit(begin_alone.fn)
 
 
@@ -283,7 +283,7 @@ def _multiply(
                 sums = sums * _sigmoid(sums) * ups
                 if WHOLE is not None:
                     sums = sums.to(WHOLE).to(gl.float32)
-                    scale = gl.maximum(gl.max(gl.abs(sums), 1) / _LARGEST_FLOAT8, _LEAST_SCALE)
+                    scale = gl.maximum(gl.max(gl.abs(sums), 1) / LARGEST_FLOAT8, LEAST_SCALE)
                     side = gl.convert_layout(place, SIDE)
                     at = out_scales + tile % parts * padded_out + side
                     gl.store(at, scale, mask=side >= 0)

@@ -765,8 +765,9 @@ def _tiles_of_both(
     if tiles.rows > 64 and any(runs_of_turn(stack) > 1 for stack in packed):
         return _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     # multiply_blocks is faster than tiles of 64 rows, too.
-    if kind is Tensor and bare and tiles.rows == 64 and takes_blocks(x, stacks[0], BLOCK):
-        return _TILES[-1][1] if takes_blocks(x, stacks[1], BLOCK) else tiles
+    fewer = kind is Tensor and bare and tiles.rows == 64
+    if fewer and all(takes_blocks(x, stack, BLOCK) for stack in stacks):
+        return _TILES[-1][1]
     return tiles
 
 
