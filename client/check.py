@@ -65,8 +65,6 @@ def lines(report: CheckReport) -> Iterator[str]:
         f"{report.num_params / 1e9:.2f} billion parameters in {report.dtype}, KV cache in "
         f"{report.kv_cache_dtype}, on {device}"
     )
-    if report.unknown_keys:
-        yield report.about_unknown_keys
     yield ""
     yield from _memory_lines(report)
     yield ""

@@ -45,6 +45,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     # dummy: random weights for benchmarks; of the checkpoint only config.json is read
     load_format: Literal["auto", "dummy"] = "auto"
+    # keys of the checkpoint's config.json that have no effect; without them here, a key that nobody
+    # knows is refused, as it may change the model's arithmetic
+    ignored_config_keys: tuple[str, ...] = ()
     enforce_eager: bool = False  # run without CUDA graphs
     max_model_len: int | None = None  # prompt plus output tokens; default: the checkpoint's limit
     # sequences in one step; default: 256, on GPUs 1024; fewer with recurrent layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gllm_engine.arch.cache import CacheGroup, cache_groups
 from gllm_engine.arch.families.registry import FAMILIES
 from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError, LoadError
-from gllm_engine.arch.known_keys import about_unknown_keys
+from gllm_engine.arch.known_keys import check_unknown_keys
 from gllm_engine.arch.model import (
     Dense,
     GatedDelta,
@@ -43,7 +43,7 @@ __all__ = [
     "Vision",
     "ArchError",
     "LoadError",
-    "about_unknown_keys",
+    "check_unknown_keys",
     "cache_groups",
     "make_arch",
     "read_arch",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from gllm_engine.arch.fields import ArchError
+from gllm_engine.files import shown
 
 _HARMLESS = re.compile(
     r"""
@@ -43,12 +46,21 @@ _HARMLESS = re.compile(
 )
 
 
-def about_unknown_keys(file: str | Path, keys: Iterable[str]) -> str:
-    """What a user should know of them."""
-    return (
-        f"{file}: these keys are not known and have no effect: {', '.join(keys)}; if one of them "
-        "changes the model's arithmetic, the answers are wrong"
-    )
+def check_unknown_keys(unknown: Collection[str], ignored: Collection[str], file: Path) -> None:
+    """Raise ArchError if `ignored` lacks keys that are `unknown`, or names others. `file`: where
+    the keys are.
+    """
+    refused = [key for key in unknown if key not in ignored]
+    if refused:
+        raise ArchError(
+            f"{file}: unknown keys, which may change the model's arithmetic: "
+            f"{shown(', '.join(refused))}; name those that have no effect in ignored_config_keys"
+        )
+    others = [key for key in ignored if key not in unknown]
+    if others:
+        raise ArchError(
+            f"ignored_config_keys: {shown(', '.join(others))}: {file} has no such unknown keys"
+        )
 
 
 def unknown_keys(unread: dict[str, Any]) -> tuple[str, ...]:

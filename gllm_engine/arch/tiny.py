@@ -10,7 +10,7 @@ from typing import Any
 from gllm_engine.arch.families.registry import FAMILIES
 from gllm_engine.arch.fields import ArchError
 
-_HF = {
+_LAYER_NORM = {  # whose epsilon has different names
     "vocab_size": 384,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -18,12 +18,13 @@ _HF = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-_PADDED = _HF | {"pad_token_id": 0, "bos_token_id": 1}  # whose defaults exceed the vocabulary
+_HF = _LAYER_NORM | {"rms_norm_eps": 1e-5}
+_SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1}  # whose defaults exceed the vocabulary
+_PADDED = _HF | _SPECIAL_IDS
 _SLIDING = {
     "sliding_window": 48,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -369,7 +370,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": {"model_type": "gemma3", "text_config": _GEMMA3},
-    "Cohere2ForCausalLM": _PADDED
+    "Cohere2ForCausalLM": _LAYER_NORM
+    | _SPECIAL_IDS
     | _SLIDING
     | {
         "model_type": "cohere2",
@@ -377,7 +379,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "logit_scale": 0.5,
     },
-    "Starcoder2ForCausalLM": _HF
+    "Starcoder2ForCausalLM": _LAYER_NORM
     | {
         "model_type": "starcoder2",
         "hidden_act": "gelu_pytorch_tanh",
@@ -402,7 +404,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "use_parallel_residual": True,
         "tie_word_embeddings": False,
     },
-    "GptOssForCausalLM": _SPARSE
+    "GptOssForCausalLM": _PADDED
     | _LOCAL_EXPERTS
     | _SLIDING
     | {

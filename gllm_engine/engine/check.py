@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
+from gllm_engine.arch import Model, cache_groups
 from gllm_engine.config import ConfigError, EngineConfig, settle
-from gllm_engine.engine.core import check_len, model_len
+from gllm_engine.engine.core import check_len, model_len, read_model
 from gllm_engine.model import KernelUse, open_checkpoint
 from gllm_engine.sched import Group, PagePool, capacity, make_groups
 from gllm_engine.text.tokenizer import Tokenizer
@@ -77,8 +77,8 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
     The groups share `num_pages` pages of `page_size` tokens, which hold `cached_tokens` tokens if
     one group has them all, or `sequences` sequences of `max_model_len` tokens. `cut_is_estimated`:
-    a start measures which layers each stage gets, so it may choose others. `unknown_keys`: of
-    config.json, which have no effect. `encoder`: None if the ranks encode images.
+    a start measures which layers each stage gets, so it may choose others. `encoder`: None if the
+    ranks encode images.
     """
 
     model: str
@@ -97,11 +97,6 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     num_snapshots: int
     groups: list[GroupReport]
     kernels: list[KernelUse]
-    unknown_keys: list[str]
-
-    @property
-    def about_unknown_keys(self) -> str:
-        return about_unknown_keys("config.json", self.unknown_keys)
 
 
 def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckReport:
@@ -111,7 +106,7 @@ def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckRep
     """
     gpu_memory = _gpu_memory(config, gpu_memory)
     path = Path(config.model)
-    arch = read_arch(path)
+    arch = read_model(config)
     config = settle(config, gpu_memory, arch.state_bytes)
     check_len(config, arch)
     check_shards(config, arch)
@@ -182,7 +177,6 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
         num_snapshots=found.num_snapshots,
         groups=reports,
         kernels=found.kernels,
-        unknown_keys=list(arch.unknown_keys),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
+from gllm_engine.arch import Model, cache_groups, check_unknown_keys, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.check_images import check_images
 from gllm_engine.engine.null_runner import NullRunner
@@ -156,7 +156,7 @@ class Engine:
         replaces the schedule policy that the configuration names. `make_encoders`: makes encoders
         in place of processes.
         """
-        arch = _read_model(Path(config.model))
+        arch = read_model(config)
         config = settle(config, _gpu_memory(config), arch.state_bytes)
         check_len(config, arch)
         self._config = config
@@ -610,10 +610,15 @@ def _nothing() -> Outputs:
     return Outputs([], [])
 
 
-def _read_model(path: Path) -> Model:
+def read_model(config: EngineConfig) -> Model:
+    """The description of the model in config.model.
+
+    Raises ArchError if it is not supported, or config.ignored_config_keys does not name exactly the
+    unknown keys of its config.json.
+    """
+    path = Path(config.model)
     arch = read_arch(path)
-    if arch.unknown_keys:
-        log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
+    check_unknown_keys(arch.unknown_keys, config.ignored_config_keys, path / "config.json")
     return arch
 
 
@@ -698,7 +703,7 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     config = msgspec.structs.replace(
         config, load_format="dummy", num_pages=_PAGES_TO_COMPILE, encoder_workers=0
     )
-    arch = read_arch(Path(config.model))
+    arch = read_model(config)
     check_len(config, arch)
     kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))
     load_runner(settle(config, memory, arch.state_bytes), kinds, device_of(config))

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gllm_client.check import lines
-from gllm_engine import LLM, CheckReport, ConfigError, check_model, make_config
-from gllm_engine.arch import read_arch
+from gllm_engine import LLM, CheckReport, ConfigError, SamplingParams, check_model, make_config
+from gllm_engine.arch import ArchError, read_arch
 from gllm_engine.arch.names import checkpoint_shapes
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -213,15 +213,22 @@ def test_encoders_are_told(tmp_path: Path) -> None:
     assert check(tmp_path, device="cpu").encoder is None
 
 
-def test_unknown_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tiny_model(tmp_path, some_scale=3.0)
-    report = check(tmp_path, device="cpu")
-    assert report.unknown_keys == ["some_scale"]
-    sentence = (
-        ": these keys are not known and have no effect: some_scale; if one of them changes the "
-        "model's arithmetic, the answers are wrong"
-    )
-    assert report.about_unknown_keys == f"config.json{sentence}"
-    with LLM(str(tmp_path), device="none"):
-        told = [record.getMessage() for record in caplog.records if "not known" in record.message]
-    assert told == [f"{tmp_path / 'config.json'}{sentence}"]
+def test_unknown_keys_are_refused(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, some_scale=3.0, a_gate="on")
+    file = re.escape(str(tmp_path / "config.json"))
+    unknown = f"{file}: unknown keys, which may change the model's arithmetic: "
+    advice = "; name those that have no effect in ignored_config_keys"
+    for ignored, problem in (
+        ((), f"{unknown}some_scale, a_gate{advice}"),
+        (("some_scale",), f"{unknown}a_gate{advice}"),
+        (
+            ("a_gate", "some_scale", "vocab_size", "vocab"),
+            f"ignored_config_keys: vocab_size, vocab: {file} has no such unknown keys",
+        ),
+    ):
+        with pytest.raises(ArchError, match=f"^{problem}$"):
+            check(tmp_path, device="cpu", ignored_config_keys=ignored)
+        with pytest.raises(ArchError, match=f"^{problem}$"):
+            LLM(str(tmp_path), device="none", ignored_config_keys=ignored)
+    with LLM(str(tmp_path), device="none", ignored_config_keys=("a_gate", "some_scale")) as llm:
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=2))
