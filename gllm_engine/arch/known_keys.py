@@ -13,21 +13,23 @@ from gllm_engine.files import shown
 _HARMLESS = re.compile(
     r"""
     # What the file is, and how transformers or other tools handle it.
-      architectures | model_type | transformers_version | _?name_or_path | auto_map | license
+      architectures | model_type | transformers_version | name_or_path | auto_map | license | _.*
     | prefix | (torch_)?dtype | use_cache | cache_implementation | return_dict(_in_generate)?
-    | output_.* | id2label | label2id | _?num_labels | problem_type | task_specific_params
+    | output_.* | id2label | label2id | num_labels | problem_type | task_specific_params
     | is_(encoder_)?decoder | add_cross_attention | cross_attention_hidden_size
     | tie_encoder_decoder | chunk_size_feed_forward | finetuning_task | pruned_heads
     | torchscript | use_bfloat16 | .*attn_implementation.* | .*flash_?att.* | unsloth_.*
     | (tokenizer|processor|feature_extractor)_class | for_llm_compressor | custom_generate
+    | trust_remote_code | transformers\.js_config | is_llama_config | model_max_length
     # Ids and text settings; the ids that end a text are read apart.
     | .*_ids? | .*_token_index
     # Training.
     | .*dropout(_.*)? | .*_pdrop | initializer_.* | init_.* | .*initialization.* | .*loss.*
     | seq_aux | .*jitter.* | gradient_checkpointing | pretraining_tp | ep_size | tp_size
-    | micro_batch_size | moe_capacity.* | use_recompute.*
+    | micro_batch_size | moe_capacity.* | use_recompute.* | neftune_.* | fuse_.*
+    | use_parallel_embedding | moe_multimodal_.*
     # Heads for other tasks, layers for multi-token prediction, other modalities.
-    | classifier_.* | summary_.* | .*mtp.* | num_nextn_.*
+    | classifier_.* | summary_.* | .*mtp.* | num_nextn_.* | multi_token_pred_.*
     | (vision|image|video|audio|vit|im|anyres)_.*
     # Precision of what we compute in float32.
     | .*softmax_in_fp32 | .*_in_float32 | enable_lm_head_fp32 | mamba_ssm_dtype | .*router_dtype
@@ -39,7 +41,7 @@ _HARMLESS = re.compile(
     | remove_invalid_values
     # Sizes that follow from others or are kept for old readers.
     | qk_head_dim | head_dim | n_ctx | n_inner | initial_context_length | experts_per_token
-    | original_max_position_embeddings | max_window_layers | _?sliding_window(_size|_pattern)?
+    | original_max_position_embeddings | max_window_layers | sliding_window(_size|_pattern)?
     | max_sequence_length | n_special | predict_special_tokens
     """,
     re.VERBOSE,

@@ -219,7 +219,7 @@ def test_unknown_keys_are_refused(tmp_path: Path) -> None:
     unknown = f"{file}: unknown keys, which may change the model's arithmetic: "
     advice = "; name those that have no effect in ignored_config_keys"
     for ignored, problem in (
-        ((), f"{unknown}some_scale, a_gate{advice}"),
+        ((), f"{unknown}a_gate, some_scale{advice}"),
         (("some_scale",), f"{unknown}a_gate{advice}"),
         (
             ("a_gate", "some_scale", "vocab_size", "vocab"),

@@ -36,7 +36,7 @@ ERNIE = _ERNIE_4_5 | {
 
 
 def ernie(c: Fields) -> Model:
-    c.require(compression_ratio=1.0)
+    c.require(compression_ratio=1.0, use_rmsnorm=True)
     bias = c.flag("use_bias")
     ffn = Dense(c.count("intermediate_size"), bias, bias)
     return read_decoder(c, read_gqa(c, read_interleaved_rope(c), "use_bias"), ffn)
@@ -69,7 +69,7 @@ _MOE_NAMES = Names(
 
 def ernie_moe(c: Fields) -> Model:
     c.require(use_bias=False, moe_gate="topk", moe_gate_act="softmax", moe_group_experts=False)
-    c.require(compression_ratio=1.0, scale_qk_coeff=1.0, moe_use_aux_free=True)
+    c.require(compression_ratio=1.0, scale_qk_coeff=1.0, moe_use_aux_free=True, use_rmsnorm=True)
     c.ignore("sinkhorn_2gate", "sinkhorn_temp", "freq_allocation")
     model = read_decoder(c, read_gqa(c, read_interleaved_rope(c)))
     experts = c.count("moe_num_experts", most=MAX_EXPERTS)
