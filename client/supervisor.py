@@ -33,14 +33,13 @@ from gllm_client.tritonserver import (
     ServerError,
     Serving,
     assemble_backends,
-    discard,
     find_server,
     make_directory,
-    owned_prefix,
     server_arguments,
     server_environment,
     sweep,
 )
+from gllm_engine import discard, owned_prefix
 
 PORTS = ("http", "grpc", "metrics")
 TICK_S = 0.1  # between two looks at what is awaited

@@ -25,7 +25,7 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 
-from gllm_engine import pid_namespace
+from gllm_engine import owned_prefix, remove_orphans
 
 SHM = Path("/dev/shm")
 SHM_BYTES = 16 << 20  # initial size and growth step of a stub's region, which never shrinks
@@ -33,9 +33,6 @@ EXIT_TIMEOUT_S = 30
 STUB = "triton_python_backend_stub"
 _LIBRARY = "libtriton_python.so"
 _UTILS = "triton_python_backend_utils.py"
-# Containers and machines may share /dev/shm or /tmp without seeing each other's pids, so names
-# include the namespace of these.
-_OWNED = re.compile(r"gllm-[0-9a-f]+-(?P<pid>\d+)-")
 
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -178,11 +175,6 @@ def server_arguments(backends: Path, prefix: str, given: Sequence[str]) -> list[
     ]
 
 
-def owned_prefix(pid: int) -> str:
-    """The prefix of the names of all directories and regions of process `pid`."""
-    return f"gllm-{pid_namespace()}-{pid}-"
-
-
 def make_directory() -> Path:
     """A private directory of this process; `sweep` removes it once the process has ended."""
     return Path(tempfile.mkdtemp(prefix=owned_prefix(os.getpid())))
@@ -191,22 +183,7 @@ def make_directory() -> Path:
 def sweep() -> None:
     """Remove directories and shared-memory regions of processes that have ended."""
     for place in (Path(tempfile.gettempdir()), SHM):
-        for path in place.glob(f"gllm-{pid_namespace()}-*"):
-            owned = _OWNED.match(path.name)
-            if owned and not Path(f"/proc/{owned['pid']}").exists():
-                discard(path)
-
-
-def discard(path: Path) -> None:
-    """Remove a file or directory of this user; those of other users stay."""
-    try:
-        mine = path.lstat().st_uid == os.getuid()
-    except FileNotFoundError:
-        return
-    if mine and path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    elif mine:
-        path.unlink(missing_ok=True)
+        remove_orphans(place)
 
 
 def exec_server(arguments: Sequence[str]) -> NoReturn:

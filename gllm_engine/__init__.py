@@ -37,7 +37,7 @@ _PUBLIC = {
         "TenantStats",
         "TokenLogprobs",
     ),
-    "os_process": ("end_with_parent", "pid_namespace"),
+    "os_process": ("discard", "end_with_parent", "owned_prefix", "pid_namespace", "remove_orphans"),
     "engine.attach": ("sweep",),
     "engine.client": ("EngineClient", "EngineError", "EngineUnavailable"),
     "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs", "truncated"),

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import select
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -59,6 +60,37 @@ def pid_namespace() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     number = os.stat("/proc/self/ns/pid").st_ino
     return hashlib.sha256(f"{boot}{number}".encode()).hexdigest()[:10]
+
+
+def owned_prefix(pid: int) -> str:
+    """The prefix of the names of all directories and regions of process `pid`. Containers and
+    machines may share /dev/shm or /tmp without seeing each other's pids.
+    """
+    return f"gllm-{pid_namespace()}-{pid}-"
+
+
+def remove_orphans(place: Path) -> None:
+    """Remove from `place` what processes of this user that have ended have left; see owned_prefix.
+
+    If all processes that know a directory are killed at once, a later one removes it.
+    """
+    for path in place.glob(f"gllm-{pid_namespace()}-*-*"):
+        pid = path.name.split("-")[2]
+        with contextlib.suppress(OSError):  # another user's process
+            if pid.isdecimal() and Process.of(int(pid)) is None:
+                discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or directory of this user; those of other users stay."""
+    try:
+        mine = path.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return
+    if mine and path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif mine:
+        path.unlink(missing_ok=True)
 
 
 def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:

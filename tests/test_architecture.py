@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 245_850,
-    ("backend", "client"): 74_600,
+    ("gllm_engine",): 245_950,
+    ("backend", "client"): 74_500,
     ("benchmarks",): 31_750,
 }
 MAX_FUNCTION_LINES = 60

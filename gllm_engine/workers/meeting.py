@@ -25,7 +25,7 @@ import zmq
 
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.os_process import Process, pid_namespace
+from gllm_engine.os_process import owned_prefix, remove_orphans
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.workers import channel
 
@@ -54,16 +54,10 @@ class Meeting:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        # Each names a process and its pid namespace, as those of `gllm serve` do. If all that know
-        # one are killed at once, the next process removes it.
-        kind = f"gllm-{pid_namespace()}-"
-        parent = socket_parent(below=len(f"/{kind}4194304-12345678/engine"))
-        for path in parent.glob(f"{kind}*-*"):
-            pid = path.name.split("-")[2]
-            with contextlib.suppress(OSError):  # another user's
-                if pid.isdecimal() and Process.of(int(pid)) is None:
-                    shutil.rmtree(path, ignore_errors=True)
-        self.directory = Path(tempfile.mkdtemp(prefix=f"{kind}{os.getpid()}-", dir=parent))
+        prefix = owned_prefix(os.getpid())
+        parent = socket_parent(below=len(f"/{prefix}12345678/engine"))
+        remove_orphans(parent)
+        self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self.address = f"ipc://{self.directory}/engine"  # of the first socket
         self.children: list[subprocess.Popen[bytes]] = []
         self._closing = contextlib.ExitStack()

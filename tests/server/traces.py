@@ -22,8 +22,8 @@ from live import WAIT_S, Server, free_ports, wait_for
 from patience import SOON_S
 
 from gllm_client.supervisor import STUB
-from gllm_client.tritonserver import SHM, owned_prefix
-from gllm_engine import pid_namespace
+from gllm_client.tritonserver import SHM
+from gllm_engine import owned_prefix, pid_namespace
 
 MARK = "GLLM_TEST_MARK"
 ENGINE = "gllm_engine.engine.process"

@@ -402,12 +402,14 @@ def test_directories_of_engines_that_were_killed_with_all_are_removed(
 ) -> None:
     """Others may have made any names there; the kernel may hide their processes."""
 
+    find = Process.of
+
     def of(pid: int) -> Process | None:
         if pid == 5:
             raise PermissionError
-        return Process.of(pid)
+        return find(pid)
 
-    monkeypatch.setattr(meeting, "Process", SimpleNamespace(of=of))
+    monkeypatch.setattr(Process, "of", of)
     with subprocess.Popen(["true"]) as ended:
         pass
     namespace = pid_namespace()
