@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 245_950,
+    ("gllm_engine",): 246_000,
     ("backend", "client"): 74_500,
     ("benchmarks",): 31_750,
 }

@@ -15,19 +15,26 @@ _HARMLESS = re.compile(
     # What the file is, and how transformers or other tools handle it.
       architectures | model_type | transformers_version | name_or_path | auto_map | license | _.*
     | prefix | (torch_)?dtype | use_cache | cache_implementation | return_dict(_in_generate)?
-    | output_.* | id2label | label2id | num_labels | problem_type | task_specific_params
+    | output_(attentions|hidden_states|router_logits|scores|past)
+    | id2label | label2id | num_labels | problem_type | task_specific_params
     | is_(encoder_)?decoder | add_cross_attention | cross_attention_hidden_size
     | tie_encoder_decoder | chunk_size_feed_forward | finetuning_task | pruned_heads
     | torchscript | use_bfloat16 | .*attn_implementation.* | .*flash_?att.* | unsloth_.*
     | (tokenizer|processor|feature_extractor)_class | for_llm_compressor | custom_generate
     | trust_remote_code | transformers\.js_config | is_llama_config | model_max_length
+    | custom_pipelines | is_composition | keys_to_ignore_at_inference | author | created_date
     # Ids and text settings; the ids that end a text are read apart.
     | .*_ids? | .*_token_index
     # Training.
     | .*dropout(_.*)? | .*_pdrop | initializer_.* | init_.* | .*initialization.* | .*loss.*
     | seq_aux | .*jitter.* | gradient_checkpointing | pretraining_tp | ep_size | tp_size
-    | micro_batch_size | moe_capacity.* | use_recompute.* | neftune_.* | fuse_.*
+    | micro_batch_size | moe_capacity.* | use_recompute.* | neftune_.*
+    | fuse_(rope|linear|rms_norm|swiglu|softmax_mask|attention_(qkv|ffn)|gate_detach_matmul)
     | use_parallel_embedding | moe_multimodal_.*
+    # Factors that are divided by and multiplied again, and orders of computing.
+    | apply_query_key_layer_scaling | normalize_attention_scores | reorder_and_upcast_attn
+    # Of state-space layers, which the supported models of their families lack.
+    | time_step_(min|max|floor)
     # Heads for other tasks, layers for multi-token prediction, other modalities.
     | classifier_.* | summary_.* | .*mtp.* | num_nextn_.* | multi_token_pred_.*
     | (vision|image|video|audio|vit|im|anyres)_.*

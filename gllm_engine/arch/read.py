@@ -102,7 +102,7 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     family = FAMILIES[known[0]].of(config)
     fields = _text_fields(config, name, family)
-    fields.require(dual_chunk_attention_config=None)
+    fields.require(dual_chunk_attention_config=None, is_causal=True)
     model = replace(family.read(fields), quantization=read_quantization(fields))
     _check_keys(fields, model)
     _check_limits(model, name)
@@ -137,8 +137,9 @@ def _check_keys(fields: Fields, model: Model) -> None:
     if "layer_types" in fields.unread():  # the family does not read it
         mixers = {layer.mixer for layer in model.layers}
         sparse = any(isinstance(mixer, Mla) and mixer.indexer is not None for mixer in mixers)
-        kind = "indexed_attention" if sparse else "full_attention"
-        fields.choices("layer_types", len(model.layers), (kind,))
+        sparse_kinds = ("indexed_attention", "deepseek_sparse_attention")
+        kinds = sparse_kinds if sparse else ("full_attention",)
+        fields.choices("layer_types", len(model.layers), kinds)
 
 
 def _check_vision(model: Model, name: str) -> None:

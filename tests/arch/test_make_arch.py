@@ -497,7 +497,7 @@ def test_layers_that_share_an_indexer_stay_together() -> None:
         (
             {"layer_types": ["full_attention"] * 2},
             "layer_types is ['full_attention', 'full_attention'], "
-            "but only a list of 2 of indexed_attention is supported",
+            "but only a list of 2 of indexed_attention, deepseek_sparse_attention is supported",
         ),
         ({"attention_bias": True}, "attention_bias is True, but only false is supported"),
     ],
@@ -1757,7 +1757,7 @@ def test_keys_that_nobody_knows_are_told(family: str) -> None:
     assert make_arch(tiny_config(family)).unknown_keys == ()
     off = {"new_bias": False, "new_scale": 0, "new_layers": [], "new_norm": None}
     harmless = {"initializer_range": 0.1, "pad_token_id": 7, "vision_start_token_id": 9}
-    odd = {"some_scale": 3.0, "some_kind": "other"}
+    odd = {"some_scale": 3.0, "some_kind": "other", "output_multiplier": 2.0, "fuse_norm": True}
     config = tiny_config(family)
     key = FAMILIES[family].text_key
     text = config if key is None else config[key]

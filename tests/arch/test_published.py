@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from published import PUBLISHED
 
-from gllm_engine.arch import ArchError, make_arch
+from gllm_engine.arch import FAMILIES, ArchError, make_arch
+from gllm_engine.arch.tiny import tiny_config
 
 # Billions of parameters of the text model, with its vision tower if that is read; its length in
 # tokens with RoPE scaling.
@@ -140,6 +143,8 @@ CHANGED = {
         "Mistral-Small-24B-2501",
         {"layer_types": ["sliding_attention"] * 40},
     ),
+    "no causal mask": ("Qwen3-8B", {"is_causal": False}),
+    "other experts": ("GLM-5", {"num_experts": 128}),
     "unscaled scores": ("starcoder2-7b", {"scale_attn_weights": False}),
 }
 
@@ -149,3 +154,29 @@ def test_a_key_that_changes_the_arithmetic_is_read(name: str, change: dict[str, 
     (key,) = change
     with pytest.raises(ArchError, match=rf"^config\.json: {key} is "):
         make_arch(PUBLISHED[name] | change)
+
+
+@pytest.mark.parametrize("config", [*PUBLISHED.values(), *map(tiny_config, FAMILIES)])
+def test_what_is_off_leaves_no_key_unread(config: dict[str, Any]) -> None:
+    """A reader asks for each key, also for those that only matter beside another one."""
+    key = FAMILIES[config["architectures"][0]].text_key
+    text = config[key] if key and config.get(key) else config
+    for name in text:
+        for off in (None, False, 0):
+            changed = text | {name: off}
+            try:
+                model = make_arch(changed if text is config else config | {key: changed})
+            except ArchError:
+                continue
+            assert model.unknown_keys == (), (name, off)
+
+
+def test_configs_as_other_versions_write_them() -> None:
+    rope = {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}, "vocab_size": 9}
+    ministral = tiny_config("Mistral3ForConditionalGeneration")
+    again = ministral | {"vision_config": ministral["vision_config"] | rope}
+    assert make_arch(again) == make_arch(ministral) and make_arch(again).unknown_keys == ()
+    glm = tiny_config("GlmMoeDsaForCausalLM")
+    kinds = ["deepseek_sparse_attention"] * glm["num_hidden_layers"]
+    again = glm | {"layer_types": kinds, "num_experts": glm["n_routed_experts"]}
+    assert make_arch(again) == make_arch(glm) and make_arch(again).unknown_keys == ()

@@ -55,6 +55,7 @@ def chatglm(c: Fields) -> Model:
     # num_layers counts. Scaling by layers divides by a factor, and multiplies again.
     c.ignore("num_hidden_layers", "apply_query_key_layer_scaling")
     bias = c.flag("add_bias_linear")
+    qkv_bias = c.flag("add_qkv_bias")
     head_dim = c.count("kv_channels")
     if head_dim % 4:
         raise ArchError(f"{c.name}: kv_channels is {head_dim}, but half of it must be even")
@@ -63,7 +64,7 @@ def chatglm(c: Fields) -> Model:
         kv_heads=c.count("multi_query_group_num"),
         head_dim=head_dim,
         rope=Rope(head_dim // 2, 10_000.0 * c.real("rope_ratio"), interleaved=True),
-        qkv_bias=bias or c.flag("add_qkv_bias"),
+        qkv_bias=bias or qkv_bias,
         out_bias=bias,
     )
     ffn = Dense(c.count("ffn_hidden_size"), bias, bias)

@@ -209,7 +209,10 @@ def read_tower(
     c: Fields, text: Model, heads_key: str = "num_attention_heads", **own: Any
 ) -> Vision:
     """`heads_key`: of the number of heads. `own`: fields of the family."""
-    c.child("rope_parameters").require(rope_type="axial", rope_theta=10_000)
+    c.ignore("vocab_size")  # transformers writes it for any part
+    rope = c.child("rope_parameters")
+    rope.choice("rope_type", ("axial", "default"), "axial")  # transformers 5.0 called it default
+    rope.require(rope_theta=10_000)
     head_dim = divided_head_dim(c, "hidden_size", heads_key)
     if head_dim % 4:
         raise ArchError(
