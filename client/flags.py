@@ -60,11 +60,12 @@ def _flags(struct: Any) -> dict[str, dict[str, Any]]:
     flags = {}
     for field in msgspec.structs.fields(struct):
         options: dict[str, Any] = {"metavar": _metavar(hints[field.name])}
+        words = [comments.get(field.name, "")]
         if hints[field.name] is bool:
             options |= {"nargs": "?", "const": "true"}
         elif get_origin(hints[field.name]) is tuple:
             options |= {"action": "append"}
-        words = [comments.get(field.name, "")]
+            words.append("the flag may be repeated")
         if "default:" not in words[0] and not field.required:
             words.append(f"default: {_default(field)}")
         flags[field.name] = options | {

@@ -17,7 +17,8 @@ from patience import WAIT_S
 
 from gllm_client import GenerateError, HttpClient, SyncClient
 from gllm_client.supervisor import ProcessRow, descendants, find_stubs, process_table
-from gllm_client.tritonserver import SHM, owned_prefix
+from gllm_client.tritonserver import SHM
+from gllm_engine import owned_prefix
 
 pytestmark = pytest.mark.server
 

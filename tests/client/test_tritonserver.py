@@ -13,15 +13,14 @@ from gllm_client import tritonserver as module
 from gllm_client.tritonserver import (
     ServerError,
     assemble_backends,
-    discard,
     find_server,
     make_directory,
-    owned_prefix,
     read_installation,
     server_arguments,
     server_environment,
     sweep,
 )
+from gllm_engine import discard, owned_prefix
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
