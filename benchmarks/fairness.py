@@ -4,7 +4,7 @@ A tritonserver whose engine answers at once serves two tenants, of which `many` 
 many requests alive as `few`. Weights share out the tokens only while requests of both wait in the
 engine. So answers are long and come whole: they cost clients and front ends little, and requests
 are in the queue again long before it is empty. Every look at the metrics proves that no queue has
-been empty since the look before it; else there are no figures.
+been empty since the look before it; else the measurement begins again.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ASKED: dict[str, Any] = {"input_ids": [7] * 8, "max_tokens": OUTPUT_LEN, "ignore
 SUMS = [*product(("tenant_requests_waiting", "tenant_decode_tokens"), ('"many"', '"few"'))]
 LOOK_S = 0.1  # between looks at the metrics; the server writes them as often
 TRIES = 5  # measurements
+FILL_S = 120.0
 HEADER = ["weights of many : few", "tokens of many", "of few", "few : many by weight"]
 
 
@@ -50,7 +51,8 @@ async def share(
 
     `ask`: gets a whole answer; its argument `tenant` says for whom. `metrics`: the server's, as
     host:port. If a queue may have been empty, as when clients wait for a processor, the measurement
-    begins again. Raises RuntimeError after TRIES of them, and what `ask` raises.
+    begins again. Raises RuntimeError after TRIES of them or if the queues do not fill within FILL_S
+    seconds, and what `ask` raises.
     """
 
     async def keep_asking(tenant: str) -> None:
@@ -79,9 +81,12 @@ async def share(
                         raise RuntimeError(f"a tenant's queue may have been empty: {told}")
                     tries += 1
                     last = None
+                    since = time.monotonic()
                     continue
                 got += more
             elif min(now[0] / [*ALIVE.values()]) < 0.5:
+                if time.monotonic() > since + FILL_S:
+                    raise RuntimeError(f"the queues hold {now[0]} after {FILL_S:g} s")
                 continue
             else:
                 since = time.monotonic()

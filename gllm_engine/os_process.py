@@ -70,15 +70,16 @@ def owned_prefix(pid: int) -> str:
 
 
 def remove_orphans(place: Path) -> None:
-    """Remove from `place` what processes of this user that have ended have left; see owned_prefix.
-
-    If all processes that know a directory are killed at once, a later one removes it.
+    """Remove from `place` what processes of this user have left that have ended without removing
+    it; see owned_prefix.
     """
     for path in place.glob(f"gllm-{pid_namespace()}-*-*"):
         pid = path.name.split("-")[2]
-        with contextlib.suppress(OSError):  # another user's process
-            if pid.isdecimal() and Process.of(int(pid)) is None:
-                discard(path)
+        ended = False
+        with contextlib.suppress(OSError):  # the kernel may hide another user's process
+            ended = pid.isdecimal() and Process.of(int(pid)) is None
+        if ended:
+            discard(path)
 
 
 def discard(path: Path) -> None:

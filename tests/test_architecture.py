@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 246_000,
+    ("gllm_engine",): 246_150,
     ("backend", "client"): 74_500,
-    ("benchmarks",): 31_750,
+    ("benchmarks",): 31_800,
 }
 MAX_FUNCTION_LINES = 60
 

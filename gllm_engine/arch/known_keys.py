@@ -32,12 +32,13 @@ _HARMLESS = re.compile(
     | fuse_(rope|linear|rms_norm|swiglu|softmax_mask|attention_(qkv|ffn)|gate_detach_matmul)
     | use_parallel_embedding | moe_multimodal_.*
     # Factors that are divided by and multiplied again, and orders of computing.
-    | apply_query_key_layer_scaling | normalize_attention_scores | reorder_and_upcast_attn
+    | apply_query_key_layer_scaling | reorder_and_upcast_attn
     # Of state-space layers, which the supported models of their families lack.
     | time_step_(min|max|floor)
     # Heads for other tasks, layers for multi-token prediction, other modalities.
     | classifier_.* | summary_.* | .*mtp.* | num_nextn_.* | multi_token_pred_.*
     | (vision|image|video|audio|vit|im|anyres)_.*
+    | mm_tokens_per_image | use_unified_vision_chunk | ignore_index
     # Precision of what we compute in float32.
     | .*softmax_in_fp32 | .*_in_float32 | enable_lm_head_fp32 | mamba_ssm_dtype | .*router_dtype
     # Settings of generation, which old configs have too.
@@ -61,14 +62,15 @@ def check_unknown_keys(unknown: Collection[str], ignored: Collection[str], file:
     """
     refused = [key for key in unknown if key not in ignored]
     if refused:
+        told = ", ".join(map(shown, refused))
         raise ArchError(
-            f"{file}: unknown keys, which may change the model's arithmetic: "
-            f"{shown(', '.join(refused))}; name those that have no effect in ignored_config_keys"
+            f"{file}: unknown keys, which may change the model's arithmetic: {told}; name those "
+            "that have no effect in ignored_config_keys"
         )
     others = [key for key in ignored if key not in unknown]
     if others:
         raise ArchError(
-            f"ignored_config_keys: {shown(', '.join(others))}: {file} has no such unknown keys"
+            f"ignored_config_keys: {', '.join(map(shown, others))}: {file} has no such unknown keys"
         )
 
 

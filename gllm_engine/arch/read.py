@@ -57,7 +57,8 @@ def read_arch(directory: str | Path) -> Model:
         model = replace(model, vision=_as_processed(model.vision, path))
         if not _may_have_tower(model, path):
             log.warning("%s: no file has a tensor of the vision tower, so it takes no images", path)
-            model = replace(model, vision=None)
+            unknown = (k for k in model.unknown_keys if not k.startswith(f"{_VISION}."))
+            model = replace(model, vision=None, unknown_keys=tuple(unknown))
     return replace(model, eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab))
 
 
@@ -101,20 +102,27 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
             f"supported are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[known[0]].of(config)
+    outer = Fields(config, name, {})
     fields = _text_fields(config, name, family)
-    fields.require(dual_chunk_attention_config=None, is_causal=True)
+    fields.require(dual_chunk_attention_config=None)
+    for part in (outer, fields):
+        part.require(is_causal=True, causal=True, normalize_attention_scores=True)
     model = replace(family.read(fields), quantization=read_quantization(fields))
     _check_keys(fields, model)
     _check_limits(model, name)
-    model = replace(model, unknown_keys=unknown_keys(fields.unread()))
-    if family.vision is None or not config.get(_VISION):
-        return model
-    outer = Fields(config, name, {})
-    fields = outer.child(_VISION)
-    model = replace(model, vision=family.vision(fields, outer, model))
-    _check_vision(model, name)
-    unknown = (f"{_VISION}.{key}" for key in unknown_keys(fields.unread()))
-    return replace(model, unknown_keys=(*model.unknown_keys, *unknown))
+    unknown = [*unknown_keys(fields.unread())]
+    if family.vision is not None and config.get(_VISION):
+        tower = outer.child(_VISION)
+        model = replace(model, vision=family.vision(tower, outer, model))
+        _check_vision(model, name)
+        unknown += (f"{_VISION}.{key}" for key in unknown_keys(tower.unread()))
+    text_key = family.text_key or ""
+    # Without a tower nobody reads what there is about it.
+    if config.get(text_key) and (family.vision is None or model.vision is not None):
+        # Of a key in both objects the text model's value counts.
+        outer.ignore(text_key, *_SHARED_KEYS, *config[text_key])
+        unknown += unknown_keys(outer.unread())
+    return replace(model, unknown_keys=tuple(unknown))
 
 
 def _text_fields(config: dict[str, Any], name: str, family: Family) -> Fields:

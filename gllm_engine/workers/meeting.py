@@ -29,6 +29,7 @@ from gllm_engine.os_process import owned_prefix, remove_orphans
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.workers import channel
 
+_MOST_PID = 4194304  # of Linux on 64 bits
 # After a disconnect, sending to the lost peer may still succeed for this long.
 _DOUBT_S = 0.5
 # Processes of this machine are started together. The first must join within FIRST_COMES_S after
@@ -54,10 +55,9 @@ class Meeting:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        prefix = owned_prefix(os.getpid())
-        parent = socket_parent(below=len(f"/{prefix}12345678/engine"))
+        parent = socket_parent(below=len(f"/{owned_prefix(_MOST_PID)}12345678/engine"))
         remove_orphans(parent)
-        self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        self.directory = Path(tempfile.mkdtemp(prefix=owned_prefix(os.getpid()), dir=parent))
         self.address = f"ipc://{self.directory}/engine"  # of the first socket
         self.children: list[subprocess.Popen[bytes]] = []
         self._closing = contextlib.ExitStack()

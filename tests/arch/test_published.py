@@ -144,6 +144,9 @@ CHANGED = {
         {"layer_types": ["sliding_attention"] * 40},
     ),
     "no causal mask": ("Qwen3-8B", {"is_causal": False}),
+    "scores that are not scaled": ("Qwen3-8B", {"normalize_attention_scores": False}),
+    "no causal mask of all": ("Kimi-K2.5", {"is_causal": False}),
+    "another width": ("Kimi-K2.5", {"projection_hidden_size": 1024}),
     "other experts": ("GLM-5", {"num_experts": 128}),
     "unscaled scores": ("starcoder2-7b", {"scale_attn_weights": False}),
 }
@@ -159,19 +162,24 @@ def test_a_key_that_changes_the_arithmetic_is_read(name: str, change: dict[str, 
 @pytest.mark.parametrize("config", [*PUBLISHED.values(), *map(tiny_config, FAMILIES)])
 def test_what_is_off_leaves_no_key_unread(config: dict[str, Any]) -> None:
     """A reader asks for each key, also for those that only matter beside another one."""
-    key = FAMILIES[config["architectures"][0]].text_key
-    text = config[key] if key and config.get(key) else config
-    for name in text:
-        for off in (None, False, 0):
-            changed = text | {name: off}
-            try:
-                model = make_arch(changed if text is config else config | {key: changed})
-            except ArchError:
-                continue
-            assert model.unknown_keys == (), (name, off)
+    parts = [key for key in ("text_config", "vision_config") if config.get(key)]
+    for key in [None, *parts]:
+        part = config if key is None else config[key]
+        for name in part:
+            for off in (None, False, 0):
+                changed = part | {name: off}
+                try:
+                    model = make_arch(changed if key is None else config | {key: changed})
+                except ArchError:
+                    continue
+                assert model.unknown_keys == (), (key, name, off)
 
 
 def test_configs_as_other_versions_write_them() -> None:
+    llama = tiny_config("Llama4ForCausalLM")
+    untuned = llama | {"attn_temperature_tuning": False}
+    left_over = untuned | {"attn_scale": 0, "floor_scale": None}
+    assert make_arch(left_over) == make_arch(untuned) != make_arch(llama)
     rope = {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}, "vocab_size": 9}
     ministral = tiny_config("Mistral3ForConditionalGeneration")
     again = ministral | {"vision_config": ministral["vision_config"] | rope}

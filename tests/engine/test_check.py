@@ -214,6 +214,10 @@ def test_encoders_are_told(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_are_refused(tmp_path: Path) -> None:
+    many = {f"a_key_with_a_long_name_{number}": 1 for number in range(10)}
+    write_tiny_model(tmp_path / "many", **many)
+    with pytest.raises(ArchError, match=f"arithmetic: {', '.join(many)}; name"):
+        check(tmp_path / "many", device="cpu")
     write_tiny_model(tmp_path, some_scale=3.0, a_gate="on")
     file = re.escape(str(tmp_path / "config.json"))
     unknown = f"{file}: unknown keys, which may change the model's arithmetic: "

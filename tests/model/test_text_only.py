@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_load import shard
 from tiny_models import all_logits, load, some_tokens
 
-from gllm_engine.arch import FAMILIES, read_arch
+from gllm_engine.arch import FAMILIES, make_arch, read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.config import EngineConfig, make_config
 from gllm_engine.engine.images import ImageLoader
@@ -45,8 +46,12 @@ def test_without_any_tensor_of_the_tower_it_is_a_model_of_text(
     expected = all_logits(load(path), tokens)
     assert read_arch(path).vision is not None and not caplog.records
     keep(path, 0)
+    config = json.loads((path / "config.json").read_text())
+    config["vision_config"]["a_gate"] = True
+    assert make_arch(config).unknown_keys == ("vision_config.a_gate",)
+    (path / "config.json").write_text(json.dumps(config))
     arch = read_arch(path)
-    assert arch.vision is None and not arch.has_sections
+    assert arch.vision is None and not arch.has_sections and arch.unknown_keys == ()
     assert "no file has a tensor of the vision tower, so it takes no images" in caplog.text
     assert torch.equal(all_logits(load(path), tokens), expected)
     shard(path)

@@ -113,9 +113,9 @@ def _with_chunks(c: Fields, model: Model, rope: Rope) -> Model:
     if any(chunked):
         size = c.count("attention_chunk_size")
     temperature: QueryTemperature | None = None
-    tuned = QueryTemperature(c.real("attn_scale"), c.count("floor_scale"), offset=1)
     if c.truth("attn_temperature_tuning"):
-        temperature = tuned
+        temperature = QueryTemperature(c.real("attn_scale"), c.count("floor_scale"), offset=1)
+    c.ignore("attn_scale", "floor_scale")
     qk_norm: QkNorm | None = "l2_after" if c.flag("use_qk_norm") else None
     return with_mixers_by_layer(
         model,

@@ -76,7 +76,7 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         hidden_act="quick_gelu",
     )
     c.choice("model_type", ("clip_vision_model",), "clip_vision_model")
-    c.ignore("projection_dim", "vocab_size")
+    c.ignore("projection_dim")
     c.require(num_channels=3)
     outer.require(vision_feature_select_strategy="default", projector_hidden_act="gelu")
     layers = c.count("num_hidden_layers", most=MAX_LAYERS)
@@ -175,6 +175,7 @@ def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
     dim = count("hidden_size", 1152)
     side = c.count("init_pos_emb_height", c.count("pos_emb_height", 64))
     c.require(mm_hidden_size=dim, init_pos_emb_width=side, pos_emb_width=side)
+    outer.require(projection_hidden_size=dim)
     merge, *_ = c.sizes("merge_kernel_size", 2) or (2,)
     c.require(merge_kernel_size=[merge, merge])
     c = c.with_defaults(
