@@ -36,7 +36,7 @@ ASKED: dict[str, Any] = {"input_ids": [7] * 8, "max_tokens": OUTPUT_LEN, "ignore
 SUMS = [*product(("tenant_requests_waiting", "tenant_decode_tokens"), ('"many"', '"few"'))]
 LOOK_S = 0.1  # between looks at the metrics; the server writes them as often
 TRIES = 5  # measurements
-FILL_S = 240.0
+FILL_S = 240.0  # within which half of the requests alive have to wait in the queues
 HEADER = ["weights of many : few", "tokens of many", "of few", "few : many by weight"]
 
 

@@ -71,11 +71,16 @@ DEEPSEEK_V2 = DEEPSEEK_V3 | {
 }
 
 
+def _count_experts(c: Fields) -> int:
+    experts = c.count("n_routed_experts", most=MAX_EXPERTS)
+    c.require(num_experts=experts)  # transformers' name of the same
+    return experts
+
+
 def deepseek_v2(c: Fields) -> Model:
     """Also V2-Lite."""
     c.require(mlp_bias=False, rope_interleave=True, scoring_func="softmax", norm_topk_prob=False)
-    experts = c.count("n_routed_experts", most=MAX_EXPERTS)
-    c.require(num_experts=experts)  # transformers' name of the same
+    experts = _count_experts(c)
     routing = replace(read_routing(c, False, experts), scale=c.real("routed_scaling_factor"))
     grouped = _with_groups(c, routing, experts)  # a config may have groups and not use them
     if c.choice("topk_method", ("greedy", "group_limited_greedy")) != "greedy":
@@ -187,8 +192,7 @@ def _read_indexer(c: Fields, mixer: Mla) -> Indexer:
 def with_experts(c: Fields, model: Model) -> Model:
     """Add V3's experts: scores are sigmoids, with a bias that only decides who is chosen."""
     c.require(scoring_func="sigmoid", topk_method="noaux_tc")
-    experts = c.count("n_routed_experts", most=MAX_EXPERTS)
-    c.require(num_experts=experts)  # transformers' name of the same
+    experts = _count_experts(c)
     routing = replace(
         read_routing(c, c.flag("norm_topk_prob"), experts),
         scoring="sigmoid",

@@ -115,7 +115,7 @@ def _with_chunks(c: Fields, model: Model, rope: Rope) -> Model:
     temperature: QueryTemperature | None = None
     if c.truth("attn_temperature_tuning"):
         temperature = QueryTemperature(c.real("attn_scale"), c.count("floor_scale"), offset=1)
-    c.ignore("attn_scale", "floor_scale")
+    c.ignore("attn_scale", "floor_scale")  # they may be left over
     qk_norm: QkNorm | None = "l2_after" if c.flag("use_qk_norm") else None
     return with_mixers_by_layer(
         model,
